@@ -1,0 +1,21 @@
+"""tpvc compiles an adapted language model to the hardware it will run on."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_API = {
+    "load": "tpvc.compiler.frontends",
+    "quantize": "tpvc.compiler.pipeline",
+    "export": "tpvc.compiler.pipeline",
+    "perplexity": "tpvc.compiler.evaluate",
+    "TpvcError": "tpvc.compiler.errors",
+}
+__all__ = ["__version__", *_API]
+
+
+def __getattr__(name: str):
+    """The public functions are imported when first used, so that `import tpvc` needs neither torch nor a GPU."""
+    if name in _API:
+        return getattr(import_module(_API[name]), name)
+    raise AttributeError(f"module 'tpvc' has no attribute '{name}'")

@@ -1,0 +1,56 @@
+"""Program -> a Hugging Face checkpoint that transformers loads as it stands (compressed-tensors integer weights)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tpvc.compiler.backends.huggingface.layout import layout
+from tpvc.compiler.backends.huggingface.stream import write
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.program import Program
+
+
+def emit(
+    program: Program, directory: Path, tokenizer: Any, manifest: dict, *, runtime: str = "transformers"
+) -> list[str]:
+    """Write the checkpoint of `program` into the existing, empty `directory`; returns what a reader has to know.
+
+    model.safetensors, or shards of 5 GB and their index; config.json with `quantization_config`; the tokenizer's files
+    (none when `tokenizer` is None); generation_config.json, the source's own or made from its special tokens; and
+    tpvc.json: `manifest` with notes and the bytes of the weights filled in. The same input gives the same bytes.
+
+    runtime  "transformers" (with compressed-tensors) loads every grid; "vllm" gives asymmetric zero points and tied
+             integer heads the layout that vLLM expects and transformers 5.23 refuses.
+    """
+    plan = layout(program, runtime)
+    try:
+        files = write(directory, plan.pieces)
+        _json(directory / "config.json", plan.config)
+        _generation(program, directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        size = {**manifest.get("size", {}), "bytes": sum(files.values())}
+        _json(directory / "tpvc.json", {**manifest, "size": size, "notes": list(plan.notes)})
+    except OSError as error:
+        reason = error.strerror or error
+        raise TpvcError(f"cannot write to '{directory}': {reason}; free some space or choose another -o") from error
+    return list(plan.notes)
+
+
+def _generation(program: Program, directory: Path) -> None:
+    given = program.source.directory / "generation_config.json"
+    if given.is_file():
+        shutil.copyfile(given, directory / given.name)
+        return
+    facts = program.facts
+    ids = {"bos_token_id": facts.bos, "eos_token_id": list(facts.eos), "pad_token_id": facts.pad}
+    if len(facts.eos) == 1:
+        ids["eos_token_id"] = facts.eos[0]
+    _json(directory / given.name, {k: v for k, v in ids.items() if v not in (None, [])})
+
+
+def _json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

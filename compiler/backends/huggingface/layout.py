@@ -1,0 +1,107 @@
+"""What a Program becomes in a Hugging Face checkpoint: which tensors, which `quantization_config`. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tpvc.compiler.backends.huggingface.stream import Piece
+from tpvc.compiler.compressed_tensors_format import Form, entries, quantization_config, to_tensors
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.program import Parameter, Program, QTensor, grid_of, linears, read
+
+RUNTIMES = ("transformers", "vllm")
+HEADS = {"gpt_neox": "embed_out"}
+"""The name of the head's module where it is not lm_head."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """pieces: the tensors; config: config.json; notes: what a reader of the artefact has to know, in sentences."""
+
+    pieces: tuple[Piece, ...]
+    config: dict
+    notes: tuple[str, ...]
+
+
+def layout(program: Program, runtime: str = "transformers") -> Layout:
+    """The checkpoint of `program` for a runtime; TpvcError for an unknown one."""
+    from tpvc.compiler.frontends.architecture import architecture
+
+    if runtime not in RUNTIMES:
+        raise TpvcError(f"runtime is '{runtime}', expected one of {', '.join(RUNTIMES)}")
+    config = {k: v for k, v in program.source.config.items() if k != "quantization_config"}
+    transposed = architecture(config).transposed
+    head = HEADS.get(program.facts.family, "lm_head")
+    readers: dict[str, set[str]] = {}
+    for node in program.nodes:
+        for name in node.params.values():
+            readers.setdefault(name, set()).add(node.op)
+
+    pieces, modules, notes = [], {}, []
+    for name, param in program.params.items():
+        module, grid = name.removesuffix(".weight"), grid_of(param)
+        embeds, tied = "embed" in readers.get(name, ()), {"embed", "linear"} <= readers.get(name, set())
+        form = Form(packed=not embeds, packed_zeros=runtime == "vllm")
+        if grid is None:
+            pieces.append(_float(name, param, name in transposed))
+        elif embeds and runtime == "vllm":
+            dtype = _float_dtype(config)
+            pieces.append(_rounded(name, param, dtype))
+            notes.append(f"'{name}' is an integer table, which vLLM does not read: written rounded to {dtype}")
+            if tied:
+                form, config["tie_word_embeddings"] = Form(packed_zeros=True), False
+                pieces.append(_integers([head], param, form))
+                modules[head] = (grid, param.shape[1], form)
+        else:
+            owners = [module, head] if tied else [module]
+            pieces.append(_integers(owners, param, form))
+            modules |= {owner: (grid, param.shape[1], form) for owner in owners}
+
+    if modules:
+        conv = sorted(module for module in modules if f"{module}.weight" in transposed)
+        if conv:
+            notes.append(f"{len(conv)} Conv1D layers are stored as integers: only tpvc reads this, not transformers")
+        float_linears = {n.params["weight"] for n in linears(program.nodes)}
+        ignore = {_module(name, readers[name], head) for name in float_linears if not grid_of(program.params[name])}
+        config["quantization_config"] = quantization_config(modules, ignore, conv)
+    return Layout(tuple(pieces), config, tuple(notes))
+
+
+def _module(name: str, readers: set[str], head: str) -> str:
+    return head if "embed" in readers else name.removesuffix(".weight")
+
+
+def _float(name: str, param: Parameter, transposed: bool) -> Piece:
+    shape, dtype = tuple(param.shape), param.dtype
+
+    def make() -> dict[str, torch.Tensor]:
+        value = read(param)
+        return {name: value.T if transposed else value}
+
+    return Piece({name: (dtype, shape[::-1] if transposed else shape)}, make)
+
+
+def _rounded(name: str, param: Parameter, dtype: torch.dtype) -> Piece:
+    return Piece({name: (dtype, tuple(param.shape))}, lambda: {name: read(param).dequantize().to(dtype)})
+
+
+def _integers(owners: Iterable[str], param: Parameter, form: Form) -> Piece:
+    """The tensors of a module; another one tied to it repeats all but the matrix."""
+    first, *others = owners
+    scale_dtype = param.scale_dtype if isinstance(param, QTensor) else param.dtype
+    local = entries(tuple(param.shape), grid_of(param), scale_dtype, form)
+    small = [n for n in local if n in ("weight_scale", "weight_zero_point")]
+    names = {f"{first}.{n}": n for n in local} | {f"{o}.{n}": n for o in others for n in small}
+
+    def make() -> dict[str, torch.Tensor]:
+        tensors = to_tensors(read(param), form)
+        return {name: tensors[n] for name, n in names.items()}
+
+    return Piece({name: local[n] for name, n in names.items()}, make)
+
+
+def _float_dtype(config: dict) -> torch.dtype:
+    name = config.get("dtype") or config.get("torch_dtype")
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)

@@ -1,0 +1,124 @@
+"""Small SVG pictures for report.html. Colours are CSS variables of the page, so that they follow light and dark.
+
+`--ink` text, `--faint` grid lines, `--plain` the baseline, `--accent` what is to be seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 720, 240
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 16, 30
+COLOURS = ("var(--plain)", "var(--accent)")
+
+Value = float | None
+
+
+def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]]) -> str:
+    """Values above 0 per block on a logarithmic axis, at most two series; None and 0 are gaps."""
+    shown = [v for _, values in series for v in values if v]
+    if not shown:
+        return ""
+    low, high = _decades(min(shown), max(shown))
+    x = _across(blocks)
+
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(value)) / (high - low)
+
+    parts = [_rule(y(tick), _plain(tick)) for tick in _ticks(low, high)] + _numbers(blocks, x)
+    for (name, values), colour in zip(series, COLOURS, strict=False):
+        points = [(x(i), y(v), b, v) for i, (b, v) in enumerate(zip(blocks, values, strict=True)) if v]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts += [
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}">'
+            f"<title>block {block}, {escape(name)}: {value:.3g}</title></circle>"
+            for px, py, block, value in points
+        ]
+    legend = "".join(
+        f'<span><i style="background:{colour}"></i>{escape(name)}</span>'
+        for (name, _), colour in zip(series, COLOURS, strict=False)
+    )
+    return f'<p class="legend">{legend}</p>' + _svg(parts, WIDTH, HEIGHT)
+
+
+def bars(blocks: Sequence[int], values: Sequence[Value], text: Callable[[Value], str]) -> str:
+    """Values per block as bars from 0; `text` writes a value with its unit."""
+    top = _round_up(max((v for v in values if v), default=0) or 1.0)
+    x = _across(blocks)
+    width = max(1.5, 0.62 * (WIDTH - LEFT - RIGHT) / len(blocks))
+    span = HEIGHT - TOP - BOTTOM
+    parts = [_rule(TOP + span * (1 - f), text(f * top)) for f in (0, 0.5, 1)] + _numbers(blocks, x)
+    for i, (block, value) in enumerate(zip(blocks, values, strict=True)):
+        tall = span * (value or 0) / top
+        parts.append(
+            f'<rect x="{x(i) - width / 2:.1f}" y="{TOP + span - tall:.1f}" width="{width:.1f}" height="{tall:.1f}" '
+            f'fill="var(--accent)"><title>block {block}: {escape(text(value))}</title></rect>'
+        )
+    return _svg(parts, WIDTH, HEIGHT)
+
+
+def curve(points: Sequence[tuple[float, float]]) -> str:
+    """One learning curve [[step, loss], ...] as a small picture: logarithmic, first and last value written."""
+    wide, tall, edge = 150, 64, 6
+    shown = [(step, loss) for step, loss in points if loss > 0]
+    if len(shown) < 2:
+        return ""
+    steps, logs = [s for s, _ in shown], [math.log10(v) for _, v in shown]
+    low, high = min(logs), max(logs)
+    rise, run = (high - low) or 1, (steps[-1] - steps[0]) or 1
+    path = " ".join(
+        f"{edge + (wide - 2 * edge) * (s - steps[0]) / run:.1f},{edge + (tall - 2 * edge) * (high - v) / rise:.1f}"
+        for s, v in zip(steps, logs, strict=True)
+    )
+    told = f"from {shown[0][1]:.3g} to {shown[-1][1]:.3g} in {steps[-1]:g} steps"
+    line = f'<polyline points="{path}" fill="none" stroke="var(--accent)" stroke-width="1.5"><title>{told}</title>'
+    return _svg([line + "</polyline>"], wide, tall)
+
+
+def _svg(parts: Sequence[str], width: int, height: int) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+
+
+def _across(blocks: Sequence[int]) -> Callable[[int], float]:
+    return lambda i: LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / len(blocks)
+
+
+def _rule(y: float, text: str) -> str:
+    line = f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--faint)"/>'
+    return line + f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+
+
+def _numbers(blocks: Sequence[int], x: Callable[[int], float]) -> list[str]:
+    every = math.ceil(len(blocks) / 20)
+    return [
+        f'<text x="{x(i):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{block}</text>'
+        for i, block in enumerate(blocks)
+        if i % every == 0
+    ]
+
+
+def _decades(low: float, high: float) -> tuple[float, float]:
+    """Bounds in log10 with a little room."""
+    a, b = math.log10(low), math.log10(high)
+    room = max(0.08 * (b - a), 0.1)
+    return a - room, b + room
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 times powers of ten between the bounds; powers alone where that is enough."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    steps = (1,) if high - low > 2.5 else (1, 2, 5)
+    ticks = [m * 10.0**p for p in powers for m in steps]
+    return [t for t in ticks if low <= math.log10(t) <= high]
+
+
+def _plain(value: float) -> str:
+    return f"{value:g}" if 1e-3 <= value < 1e4 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _round_up(value: float) -> float:
+    scale = 10.0 ** math.floor(math.log10(value))
+    return next(m for m in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if m * scale >= value * (1 - 1e-9)) * scale

@@ -1,0 +1,255 @@
+"""From a prompt to a stream of text: in stock ONNX Runtime GenAI for its folders, in the interpreter for the rest.
+
+Both runtimes stand behind one `Engine`, so that `tpvc run`, `tpvc bench` and `tpvc eval` treat them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpvc.compiler.errors import TpvcError
+
+Prompt = str | list[dict[str, str]]
+"""Raw text, or chat messages [{"role": ..., "content": ...}] that go through the model's chat template."""
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A model that is loaded and can write.
+
+    label      what runs it, for tables: "ONNX Runtime GenAI", "torch float32"
+    encode     Prompt -> token ids; TpvcError for messages when the model has no chat template
+    generate   (ids, max_new_tokens, temperature, seed, stop) -> the tokens that follow, one by one; greedy at
+               temperature 0; with stop=False the end-of-text token does not end it (speed measurements)
+    decoder    () -> a function that turns one token after the other into text that can be printed
+    logits     ids of one window [L] -> float32 numpy [L, vocab]
+    """
+
+    label: str
+    vocab_size: int
+    context_length: int
+    size: int
+    encode: Callable[[Prompt], list[int]]
+    generate: Callable[..., Iterator[int]]
+    decoder: Callable[[], Callable[[int], str]]
+    logits: Callable[[list[int]], Any]
+
+
+def is_genai(target: str | Path) -> bool:
+    """Is `target` a folder for ONNX Runtime GenAI?"""
+    return (Path(target) / "genai_config.json").is_file()
+
+
+def cores() -> int:
+    """Cores this process may use: the default number of threads of either runtime."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_engine(target: str, threads: int | None = None) -> Engine:
+    """Load `target`: a GenAI folder, or whatever `tpvc.load` takes. TpvcError when it cannot be loaded."""
+    if is_genai(target):
+        return _genai(Path(target), threads or cores())
+    return _interpreter(target, threads or cores())
+
+
+def room(engine: Engine, ids: list[int], wanted: int) -> int:
+    """How many of `wanted` new tokens fit behind `ids`; TpvcError when none does."""
+    free = engine.context_length - len(ids)
+    if not ids:
+        raise TpvcError("the prompt is empty: expected at least one token")
+    if free < 1:
+        raise TpvcError(
+            f"the prompt has {len(ids)} tokens, the model's context holds {engine.context_length}; shorten the prompt"
+        )
+    return min(wanted, free)
+
+
+def _genai(folder: Path, threads: int) -> Engine:
+    import numpy as np
+    import onnxruntime_genai as og
+
+    try:
+        facts = json.loads((folder / "genai_config.json").read_text())["model"]
+        config = og.Config(str(folder))
+        session = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": session}}))
+        model = og.Model(config)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise TpvcError(f"{folder}: ONNX Runtime GenAI cannot load this folder: {_first_line(error)}") from error
+    eos = facts.get("eos_token_id", [])
+    eos = set(eos if isinstance(eos, list) else [eos])
+
+    def start(ids: list[int], length: int, **options: Any) -> og.Generator:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=length, **options)
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.asarray(ids, np.int32))
+        return generator
+
+    def generate(
+        ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stop: bool = True
+    ) -> Iterator[int]:
+        length = len(ids) + max_new_tokens
+        sampling = {"temperature": temperature, "random_seed": seed, "top_k": 0, "top_p": 1.0} if temperature else {}
+        least = {} if stop else {"min_length": length}
+        generator = start(ids, length, do_sample=temperature > 0, **sampling, **least)
+        for _ in range(max_new_tokens):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if stop and token in eos:
+                return
+            yield token
+
+    def logits(ids: list[int]) -> Any:
+        return start(ids, min(len(ids) + 1, facts["context_length"])).get_output("logits")[0].astype(np.float32)
+
+    encode, decoder = _genai_text(folder, model)
+    weights = folder / facts["decoder"]["filename"]
+    return Engine(
+        label="ONNX Runtime GenAI",
+        vocab_size=facts["vocab_size"],
+        context_length=facts["context_length"],
+        size=sum(f.stat().st_size for f in folder.glob(f"{weights.name}*")),
+        encode=encode,
+        generate=generate,
+        decoder=decoder,
+        logits=logits,
+    )
+
+
+def _genai_text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]], Callable[[], Callable[[int], str]]]:
+    """The folder's tokenizer as GenAI reads it; through transformers where GenAI cannot."""
+    import onnxruntime_genai as og
+
+    try:
+        tokenizer = og.Tokenizer(model)
+    except RuntimeError:
+        return _transformers_text(auto_tokenizer(folder), str(folder))
+
+    def encode(prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            try:
+                prompt = tokenizer.apply_chat_template(json.dumps(prompt), add_generation_prompt=True)
+            except RuntimeError as error:
+                raise _no_template(str(folder)) from error
+        return [int(token) for token in tokenizer.encode(prompt)]
+
+    def decoder() -> Callable[[int], str]:
+        return tokenizer.create_stream().decode
+
+    return encode, decoder
+
+
+def _interpreter(target: str, threads: int) -> Engine:
+    import torch
+
+    from tpvc.compiler import interpret
+    from tpvc.compiler.frontends import load, tokenizer
+    from tpvc.compiler.program import grid_of
+
+    torch.set_num_threads(threads)
+    program = load(target)
+    facts = program.facts
+    weight = interpret.in_memory(program)
+
+    def generate(
+        ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stop: bool = True
+    ) -> Iterator[int]:
+        source = torch.Generator().manual_seed(seed)
+        return interpret.generate(program, torch.tensor(ids), max_new_tokens, weight, temperature, source, stop)
+
+    def logits(ids: list[int]) -> Any:
+        with torch.no_grad():
+            return interpret.logits(program, torch.tensor([ids]), weight=weight)[0].numpy()
+
+    text: list[Any] = []
+
+    def pair() -> tuple[Callable[[Prompt], list[int]], Callable[[], Callable[[int], str]]]:
+        if not text:
+            text.extend(_transformers_text(tokenizer(program), target))
+        return text[0], text[1]
+
+    integers = any(grid_of(p) for p in program.params.values())
+    return Engine(
+        label="torch float32, dequantised" if integers else "torch float32",
+        vocab_size=facts.vocab_size,
+        context_length=facts.context_length,
+        size=weight_bytes(program),
+        encode=lambda prompt: pair()[0](prompt),
+        generate=generate,
+        decoder=lambda: pair()[1](),
+        logits=logits,
+    )
+
+
+def weight_bytes(program: Any) -> int:
+    """Bytes of the weight files a Program was loaded from; what its parameters hold where there is no such file."""
+    source = program.source
+    files = [source.directory / name for name in source.files] if source else []
+    if files and all(f.is_file() for f in files):
+        return sum(f.stat().st_size for f in files)
+    return sum(parameter_bytes(p) for p in program.params.values())
+
+
+def parameter_bytes(parameter: Any) -> int:
+    """Bytes a parameter needs when stored: codes, scales (2 bytes each) and zero points for an integer one."""
+    from math import prod
+
+    from tpvc.compiler.program import grid_of
+
+    grid, shape = grid_of(parameter), tuple(parameter.shape)
+    if grid is None:
+        return prod(shape) * parameter.dtype.itemsize
+    groups = 1 if grid.group == 0 else shape[0] * (shape[1] // grid.columns(shape[1]))
+    zeros = 0 if grid.symmetric else groups * grid.bits // 8
+    return prod(shape) * grid.bits // 8 + 2 * groups + zeros
+
+
+def auto_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise TpvcError(f"{folder}: no tokenizer can be read from it: {_first_line(error)}") from error
+
+
+def _transformers_text(tokenizer: Any, name: str) -> tuple[Any, Any]:
+    def encode(prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return tokenizer(prompt)["input_ids"]
+        if not getattr(tokenizer, "chat_template", None):
+            raise _no_template(name)
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+
+    def decoder() -> Callable[[int], str]:
+        tokens: list[int] = []
+        shown = ""
+
+        def push(token: int) -> str:
+            nonlocal shown
+            tokens.append(token)
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if text.endswith("\ufffd"):  # part of a character; the next token brings the rest
+                return ""
+            new, shown = text[len(shown) :], text
+            return new
+
+        return push
+
+    return encode, decoder
+
+
+def _no_template(name: str) -> TpvcError:
+    return TpvcError(f"{name} has no chat template; give the prompt as it stands with --raw")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

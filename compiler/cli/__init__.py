@@ -1,0 +1,100 @@
+"""The command line: `tpvc`, one file a command. Every command is a thin skin over a Python function of the same shape.
+
+Results go to standard output, everything else (progress, remarks, errors) to standard error. Bad input ends with one
+sentence and exit code 2, Ctrl-C with 130. Nothing heavy is imported before a command runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import click
+
+from tpvc import __version__
+from tpvc.compiler.cli import bench, demo, eval, export, inspect, quantize, run
+from tpvc.compiler.errors import TpvcError
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+
+
+class Tpvc(click.Group):
+    """A group whose errors are one sentence, with its commands in the order of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)
+        except click.Abort as abort:
+            if isinstance(abort.__cause__, EOFError):
+                raise abort.__cause__ from None
+            _fail(str(abort) or "interrupted", INTERRUPTED)
+        except click.exceptions.NoArgsIsHelpError as error:
+            _fail(error.format_message(), BAD_INPUT, prefix="")
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "tpvc"
+            _fail(f"{error.format_message().rstrip('.')} (see `{path} --help`)", BAD_INPUT)
+        except click.ClickException as error:
+            _fail(error.format_message(), BAD_INPUT)
+        except TpvcError as error:
+            _fail(str(error), BAD_INPUT)
+        except Exception as error:
+            sentence = _about_the_machine(error)
+            if sentence is None:
+                raise
+            _fail(sentence, BAD_INPUT)
+
+
+def _fail(sentence: str, code: int, prefix: str = "tpvc: ") -> None:
+    click.echo(prefix + sentence, err=True)
+    sys.exit(code)
+
+
+def _about_the_machine(error: Exception) -> str | None:
+    """A sentence for what is no bug: a full disk, a path that may not be written. None for everything else.
+
+    Libraries wrap the system's error in their own (safetensors: "I/O error: No space left on device (os error 28)").
+    """
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        where = getattr(error, "filename", None)
+        return f"the disk is full{f' ({where})' if where else ''}; free some space and run the same command again"
+    if isinstance(error, PermissionError) or number == errno.EROFS:
+        return f"{error.filename or 'a file'} may not be opened: {error.strerror}; choose a path that is yours"
+    return None
+
+
+@click.group(
+    cls=Tpvc,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+First steps:
+  tpvc demo                                             the whole way, on a small model
+  tpvc quantize ./Llama-3.2-1B -o llama-w4              a folder that transformers and vLLM load
+  tpvc export llama-w4 --to onnx -o llama-onnx          a folder that ONNX Runtime GenAI runs
+  tpvc run llama-onnx "Why is the sky blue?"
+  tpvc bench llama-onnx ./Llama-3.2-1B                  speed, memory and size, side by side
+
+\b
+A MODEL is a Hugging Face directory, a .gguf file, a name on the Hugging Face hub, an artefact of
+`tpvc quantize`, or smollm2-135m (a demo model that is fetched when first used).
+""",
+)
+@click.version_option(__version__, prog_name="tpvc")
+def cli() -> None:
+    """Quantise a language model with FlexRound and compile it to the hardware it will run on."""
+
+
+for module in (demo, quantize, export, run, eval, bench, inspect):
+    cli.add_command(module.command)
+
+
+def main() -> None:
+    """Entry point of the `tpvc` script."""
+    cli(prog_name="tpvc")

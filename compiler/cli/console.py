@@ -1,0 +1,145 @@
+"""What the commands share: where output goes, progress bars, and numbers a person can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
+
+
+def out() -> Console:
+    """Standard output: results. A file or a pipe has no width of its own."""
+    made = Console(highlight=False, soft_wrap=True)
+    return made if made.is_terminal else Console(highlight=False, soft_wrap=True, width=160)
+
+
+def err() -> Console:
+    """Standard error: progress and remarks."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One object; what is not a number (the standard error of one window) becomes null."""
+
+    def legal(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {str(k): legal(v) for k, v in part.items()}
+        if isinstance(part, list | tuple):
+            return [legal(v) for v in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    click.echo(json.dumps(legal(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+class Bars:
+    """One bar a stage with the time that is left: `with Bars() as bars: work(progress=bars)`.
+
+    A terminal gets moving bars. A log file gets a line when a stage begins, one every half minute, one at its end.
+    """
+
+    EVERY = 30.0
+
+    def __init__(self) -> None:
+        self.console = err()
+        self.live = self.console.is_terminal
+        self.started: dict[str, float] = {}
+        self.spoken: dict[str, float] = {}
+        self.ended: set[str] = set()
+        self.tasks: dict[str, Any] = {}
+        self.bars = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self.console,
+        )
+
+    def __enter__(self) -> Bars:
+        if self.live:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        if not self.live:
+            return self._line(stage, done, total, note)
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(stage, total=total or None, note=note)
+        self.bars.update(self.tasks[stage], completed=done, total=total or None, note=note)
+
+    def _line(self, stage: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        start = self.started.setdefault(stage, now)
+        last = bool(total) and done >= total
+        if (last and stage in self.ended) or (not last and now - self.spoken.get(stage, -self.EVERY) < self.EVERY):
+            return
+        self.spoken[stage] = now
+        passed = now - start
+        if last:
+            self.ended.add(stage)
+            tail = f"done in {seconds(passed)}"
+        elif done:
+            tail = f"{seconds(passed * (total - done) / done)} left"
+        else:
+            tail = ""
+        self.console.print(f"{stage}: {done}/{total} {note} {tail}".rstrip(), markup=False)
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
+    return made
+
+
+def size(count: float) -> str:
+    """12345678 -> "12.3 MB" (powers of ten, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def seconds(value: float) -> str:
+    """0.0123 -> "12 ms", 3.21 -> "3.2 s", 754 -> "12 min 34 s"."""
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def measured(work: Callable[[], Any]) -> tuple[Any, float]:
+    """(what `work` returns, seconds it took)."""
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def interactive() -> bool:
+    return sys.stdin.isatty()

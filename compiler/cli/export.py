@@ -1,0 +1,64 @@
+"""`tpvc export`: an artefact in, a folder for a runtime out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tpvc.compiler.cli import console
+
+
+@click.command(
+    "export",
+    epilog="""\b
+Examples:
+  tpvc quantize smollm2-135m -o smollm2-w4
+  tpvc export smollm2-w4 --to onnx -o smollm2-onnx
+  tpvc export smollm2-w4 --to onnx -o smollm2-qdq --portable --accuracy-level 0
+
+\b
+The folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
+key/value buffer). Accuracy level 4 rounds activations to 8 bits inside each product and is
+the fast one on CPUs; level 0 computes in float32 and gives the interpreter's tokens.
+""",
+)
+@click.argument("artefact")
+@click.option("--to", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="The runtime's format.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--portable", is_flag=True, help="Standard ONNX operators only, for other runtimes.")
+@click.option(
+    "--accuracy-level", type=click.Choice(["0", "4"]), default="4", show_default=True, help="Of MatMulNBits; see below."
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
+@console.json_option
+def command(
+    artefact: str, to: str, out: Path, portable: bool, accuracy_level: str, overwrite: bool, as_json: bool
+) -> None:
+    """Compile ARTEFACT for a runtime.
+
+    Any MODEL will do; one that is not quantised is exported in float.
+    """
+    from tpvc.compiler.pipeline import export
+
+    with console.Bars() as bars:
+        _, took = console.measured(
+            lambda: export(
+                artefact,
+                out,
+                to=to,
+                portable=portable,
+                accuracy_level=int(accuracy_level),
+                overwrite=overwrite,
+                progress=bars,
+            )
+        )
+    files = {f.name: f.stat().st_size for f in sorted(out.iterdir()) if f.is_file()}
+    if as_json:
+        return console.print_json({"directory": str(out), "seconds": took, "files": files})
+    show = console.out().print
+    show(f"[bold]{out}[/] written in {console.seconds(took)}")
+    for name, count in files.items():
+        show(f"  {console.size(count):>9}  {name}")
+    if not portable:
+        show(f'  next: tpvc run {out} "Hello"    or    tpvc bench {out} {artefact}')

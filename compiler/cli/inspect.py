@@ -1,0 +1,145 @@
+"""`tpvc inspect`: what a model, an artefact or an exported folder is made of."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tpvc.compiler.cli import console
+from tpvc.compiler.errors import TpvcError
+
+
+@click.command(
+    "inspect",
+    epilog="""\b
+Examples:
+  tpvc inspect smollm2-135m
+  tpvc inspect smollm2-w4 --all           every linear with its grid
+  tpvc inspect smollm2-onnx --json        operators, MatMulNBits layouts, files
+""",
+)
+@click.argument("target")
+@click.option("--all", "everything", is_flag=True, help="List every linear.")
+@console.json_option
+def command(target: str, everything: bool, as_json: bool) -> None:
+    """Family, grids, sizes and provenance of TARGET.
+
+    TARGET is an exported folder, an artefact or a MODEL. No weights are read.
+    """
+    from tpvc.compiler.chat import is_genai
+
+    facts = onnx_facts(Path(target)) if is_genai(target) else program_facts(target)
+    if as_json:
+        return console.print_json(facts)
+    show = console.out().print
+    show(f"[bold]{target}[/]: {facts['kind']}")
+    for name, value in facts["facts"].items():
+        show(f"  {name:<20} {value}", markup=False)
+    for title in ("grids", "operators", "matmulnbits", "files"):
+        if facts.get(title):
+            show(_counts(title, facts[title]))
+    if everything and facts.get("linears"):
+        made = console.table("linears", "name", "shape", "grid")
+        for row in facts["linears"]:
+            made.add_row(row["name"], "x".join(map(str, row["shape"])), row["grid"])
+        show(made)
+    if facts.get("provenance"):
+        _provenance(show, facts["provenance"])
+
+
+def program_facts(target: str) -> dict[str, Any]:
+    """Facts about a Program, JSON-able."""
+    from math import prod
+
+    from tpvc.compiler.chat import parameter_bytes, weight_bytes
+    from tpvc.compiler.frontends import load
+    from tpvc.compiler.program import grid_of, linears
+
+    program = load(target)
+    rows = []
+    for node in linears(program.nodes):
+        parameter = program.params[node.params["weight"]]
+        grid = grid_of(parameter)
+        dtype = str(getattr(parameter, "dtype", "")).removeprefix("torch.")
+        rows.append({"name": node.name, "shape": list(parameter.shape), "grid": str(grid) if grid else dtype})
+    described = asdict(program.facts)
+    count = sum(prod(p.shape) for p in program.params.values())
+    described |= {
+        "blocks": program.blocks,
+        "nodes": len(program.nodes),
+        "parameters": f"{count:,}",
+        "weights on disk": console.size(weight_bytes(program)),
+        "bits a weight, loaded": f"{8 * sum(map(parameter_bytes, program.params.values())) / count:.2f}",
+    }
+    source = program.source
+    manifest = source.directory / "tpvc.json" if source else None
+    provenance = json.loads(manifest.read_text()) if manifest and manifest.is_file() else None
+    return {
+        "kind": "a quantised artefact of tpvc" if provenance else "a model",
+        "facts": described,
+        "grids": dict(Counter(row["grid"] for row in rows)),
+        "operators": dict(Counter(node.op for node in program.nodes).most_common()),
+        "linears": rows,
+        "files": dict(source.files) if source else {},
+        "provenance": provenance,
+    }
+
+
+def onnx_facts(folder: Path) -> dict[str, Any]:
+    """Facts about a folder for ONNX Runtime GenAI, JSON-able."""
+    import onnx
+
+    config = json.loads((folder / "genai_config.json").read_text())["model"]
+    path = folder / config["decoder"]["filename"]
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own error types
+        raise TpvcError(f"{path}: not a readable ONNX file: {str(error).strip() or type(error).__name__}") from error
+    layouts: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            values = {a.name: a.i for a in node.attribute}
+            zeros = "zero points" if len(node.input) > 3 and node.input[3] else "no zero points"
+            level = values.get("accuracy_level", 0)
+            layouts[f"{values.get('bits', 4)} bits, block {values['block_size']}, {zeros}, accuracy level {level}"] += 1
+    manifest = folder / "tpvc.json"
+    decoder = config["decoder"]
+    return {
+        "kind": "a folder for ONNX Runtime GenAI",
+        "facts": {
+            "type": config["type"],
+            "vocab_size": config["vocab_size"],
+            "context_length": config["context_length"],
+            **{name: value for name, value in decoder.items() if isinstance(value, int)},
+            "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
+            "IR version": model.ir_version,
+        },
+        "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
+        "matmulnbits": dict(layouts.most_common()),
+        "files": {f.name: console.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
+        "provenance": json.loads(manifest.read_text()) if manifest.is_file() else None,
+    }
+
+
+def _counts(title: str, values: dict[str, Any]) -> Any:
+    made = console.table(f"\n{title}", "", "")
+    for name, value in values.items():
+        made.add_row(str(name), str(value))
+    made.show_header = False
+    return made
+
+
+def _provenance(show: Any, manifest: dict[str, Any]) -> None:
+    show("\n[bold]provenance[/]")
+    show(f"  made by tpvc {manifest.get('tpvc')} from {manifest.get('source', {}).get('name')}", markup=False)
+    if manifest.get("passes"):
+        show(f"  passes: {', '.join(manifest['passes'])}", markup=False)
+    show(f"  options: {', '.join(f'{k}={v}' for k, v in manifest.get('options', {}).items())}", markup=False)
+    for name, value in (manifest.get("calibration") or {}).items():
+        if isinstance(value, str | int | float):
+            show(f"  calibration {name}: {value}", markup=False)

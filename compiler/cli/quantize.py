@@ -1,0 +1,156 @@
+"""`tpvc quantize`: a checkpoint in, a quantised checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tpvc.compiler.cli import console
+from tpvc.compiler.errors import TpvcError
+
+SCHEME = re.compile(r"W(\d+)A16(_ASYM)?", re.IGNORECASE)
+
+
+def grid_options(
+    scheme: str | None, bits: int | None, group_size: int | None, symmetric: bool | None
+) -> dict[str, Any]:
+    """{"bits", "group", "symmetric"} from what was typed; TpvcError when it contradicts itself or is out of range."""
+    if scheme is not None:
+        match = SCHEME.fullmatch(scheme)
+        if match is None:
+            raise TpvcError(
+                f"unknown scheme '{scheme}': expected W2A16 to W8A16 (weights of 2 to 8 bits, float activations) "
+                "or W4A16_ASYM; or use --bits"
+            )
+        if bits is not None and bits != int(match[1]):
+            raise TpvcError(f"--scheme {scheme} and --bits {bits} contradict each other; give one of them")
+        if match[2] and symmetric:
+            raise TpvcError(f"--scheme {scheme} and --sym contradict each other; give one of them")
+        bits = int(match[1])
+    bits = 4 if bits is None else bits
+    if not 2 <= bits <= 8:
+        raise TpvcError(f"found {bits} bits, expected 2 to 8; choose with --bits or --scheme")
+    if group_size is not None and group_size < -1:
+        raise TpvcError(
+            f"found group size {group_size}, expected a positive number, -1 (one scale per output channel) "
+            "or 0 (one scale per tensor)"
+        )
+    return {"bits": bits, "group": group_size, "symmetric": bool(symmetric)}
+
+
+@click.command(
+    "quantize",
+    epilog="""\b
+Examples:
+  tpvc quantize smollm2-135m -o smollm2-w4
+  tpvc quantize ./Qwen2.5-0.5B -o qwen-w3 --bits 3 --group-size 64 --recipe best
+  tpvc quantize model.gguf -o out --bits 4 --group-size -1 --dataset my_texts.jsonl
+  tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
+
+\b
+OUT is a checkpoint that transformers and vLLM load as it stands (compressed-tensors), with
+tpvc.json (what was done, to what, with which hashes) and report.html (error of every block).
+A run that was interrupted goes on after its last finished block when the same command is
+given again; the same command gives the same bytes.
+""",
+)
+@click.argument("model")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--scheme", metavar="W4A16", help="Bits by name: W2A16 to W8A16; the same as --bits.")
+@click.option("--bits", type=int, help="Bits a weight, 2 to 8.  [default: 4]")
+@click.option(
+    "--group-size",
+    type=int,
+    help="Input columns that share a scale; -1: one scale per output channel; 0: one per tensor.  "
+    "[default: the largest of 128, 64 and 32 that divides every weight]",
+)
+@click.option("--sym/--asym", "symmetric", default=None, help="Without or with zero points.  [default: asym]")
+@click.option(
+    "--method",
+    type=click.Choice(["flexround", "rtn"]),
+    default="flexround",
+    show_default=True,
+    help="Learned rounding, or round-to-nearest (needs no text, takes seconds).",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["fast", "default", "best", "paper"]),
+    default="default",
+    show_default=True,
+    help="How long FlexRound learns; paper: the settings of the publication.",
+)
+@click.option(
+    "--dataset",
+    default="builtin",
+    show_default=True,
+    help="Calibration text: builtin, self (written by the model), a text, jsonl, csv or parquet file, or a name.",
+)
+@click.option("--nsamples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text.")
+@click.option("--seqlen", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
+@click.option(
+    "--head-bits",
+    type=click.Choice(["8", "16"]),
+    default="8",
+    show_default=True,
+    help="Bits of the output head and embedding; 16 leaves them in float.",
+)
+@click.option("--iters", type=click.IntRange(1), help="Steps a block, instead of the recipe's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
+@console.json_option
+def command(
+    model: str,
+    out: Path,
+    scheme: str | None,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    head_bits: str,
+    iters: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Quantise MODEL block by block.
+
+    FlexRound learns how to round every weight so that the output of its block changes least.
+    """
+    grid = grid_options(scheme, bits, group_size, symmetric)
+
+    from tpvc.compiler.bench import peak_bytes
+    from tpvc.compiler.pipeline import quantize
+
+    options |= {**grid, "head_bits": int(head_bits), "steps": iters}
+    try:
+        with console.Bars() as bars:
+            _, took = console.measured(lambda: quantize(model, out, progress=bars, **options))
+    except KeyboardInterrupt as interrupt:
+        raise click.Abort("interrupted; the same command goes on after the last finished block") from interrupt
+    manifest = json.loads((out / "tpvc.json").read_text())
+    if as_json:
+        console.print_json({"directory": str(out), "seconds": took, "peak_bytes": peak_bytes(), "manifest": manifest})
+    else:
+        summary(out, manifest, took, peak_bytes())
+
+
+def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None:
+    """What was made, in a few lines."""
+    show = console.out().print
+    blocks = [b for b in manifest.get("blocks", []) if b.get("error_rtn")]
+    show(f"[bold]{out}[/] written in {console.seconds(took)}, at most {console.size(peak)} of memory")
+    sizes = manifest.get("size", {})
+    if sizes.get("float_bytes"):
+        ratio = sizes["float_bytes"] / sizes["bytes"]
+        before = console.size(sizes["float_bytes"])
+        show(f"  weights   {console.size(sizes['bytes'])}, {ratio:.1f} times smaller than {before}")
+    if blocks:
+        rtn, now = (sum(b[k] for b in blocks) / len(blocks) for k in ("error_rtn", "error"))
+        show(f"  error     {now:.4g} of a block's output on average; round-to-nearest {rtn:.4g}")
+    for left in manifest.get("left_in_float", []):
+        show(f"  in float  {left['name']}: {left['why']}", markup=False)
+    show(f"  report    {out / 'report.html'}")
+    show(f'  next      tpvc run {out} "Hello"    or    tpvc export {out} --to onnx -o {out}-onnx')

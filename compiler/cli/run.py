@@ -1,0 +1,109 @@
+"""`tpvc run`: a model that answers, token by token."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from tpvc.compiler.cli import console
+from tpvc.compiler.errors import TpvcError
+
+
+@click.command(
+    "run",
+    epilog="""\b
+Examples:
+  tpvc run smollm2-onnx "Why is the sky blue?"
+  tpvc run smollm2-onnx                                  a small chat; Ctrl-D ends it
+  tpvc run ./gpt2 --raw "Once upon a time" --temperature 0.8
+  cat question.txt | tpvc run smollm2-w4 --json
+
+\b
+A folder of `tpvc export` runs in ONNX Runtime GenAI; everything else through the reference
+interpreter (torch, float32), which is slower but takes every model that tpvc can read.
+""",
+)
+@click.argument("target")
+@click.argument("prompt", required=False)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws at a temperature above 0.")
+@click.option("--raw", is_flag=True, help="The prompt as it stands, without the chat template.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
+@console.json_option
+def command(
+    target: str,
+    prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    raw: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Let TARGET answer PROMPT.
+
+    TARGET is an exported folder, an artefact or a MODEL.
+    """
+    chat = prompt is None and console.interactive() and not as_json
+    if prompt is None and not chat:
+        prompt = sys.stdin.read().rstrip("\n")
+        if not prompt:
+            raise TpvcError("no prompt was given: expected one as an argument, on standard input or in a terminal")
+
+    from tpvc.compiler.chat import open_engine
+
+    with console.err().status(f"loading {target}"):
+        engine = open_engine(target, threads)
+    sampling = {"temperature": temperature, "seed": seed}
+    if chat:
+        return _chat(engine, raw, max_new_tokens, sampling)
+    ids = engine.encode(prompt if raw else [{"role": "user", "content": prompt}])
+    answer = reply(engine, ids, max_new_tokens, echo=not as_json, **sampling)
+    if as_json:
+        console.print_json({"target": target, "engine": engine.label, **answer})
+
+
+def reply(engine: Any, ids: list[int], max_new_tokens: int, echo: bool, **sampling: Any) -> dict[str, Any]:
+    """Stream an answer to standard output (if `echo`) and return it with its figures."""
+    from tpvc.compiler.chat import room
+
+    limit = room(engine, ids, max_new_tokens)
+    decode, text, tokens, first = engine.decoder(), [], [], 0.0
+    start = time.perf_counter()
+    for token in engine.generate(ids, limit, **sampling):
+        first = first or time.perf_counter() - start
+        tokens.append(token)
+        text.append(decode(token))
+        if echo:
+            click.echo(text[-1], nl=False)
+            sys.stdout.flush()
+    rest = time.perf_counter() - start - first
+    if echo:
+        click.echo()
+    return {
+        "text": "".join(text),
+        "tokens": tokens,
+        "prompt_tokens": len(ids),
+        "new_tokens": len(tokens),
+        "first_token_seconds": first,
+        "tokens_per_second": (len(tokens) - 1) / rest if len(tokens) > 1 and rest > 0 else None,
+    }
+
+
+def _chat(engine: Any, raw: bool, max_new_tokens: int, sampling: dict[str, Any]) -> None:
+    click.echo(f"{engine.label}; Ctrl-D ends the chat", err=True)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return click.echo()
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        answer = reply(engine, engine.encode(line if raw else messages), max_new_tokens, echo=True, **sampling)
+        messages.append({"role": "assistant", "content": answer["text"]})

@@ -1,0 +1,81 @@
+"""From what a user names to a verified Program: a checkpoint directory, a GGUF file, a hub id, or the demo model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.program import Program
+from tpvc.compiler.verify import verify
+
+DEMO = "smollm2-135m"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+
+
+def load(model: str | Path) -> Program:
+    """The model that `model` names. Weights stay in their files until a node asks for them."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return verify(_directory(path, str(model)))
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise TpvcError(f"{path} is a file, but not a .gguf; expected a checkpoint directory or a .gguf file")
+        return verify(_gguf(path, str(model)))
+    if str(model) == DEMO:
+        from tpvc.compiler.frontends import demo
+
+        return verify(_gguf(demo.fetch(), DEMO))
+    if HUB_ID.fullmatch(str(model)) and path.suffix.lower() not in (".gguf", ".safetensors"):
+        return verify(_directory(_from_hub(str(model)), str(model)))
+    raise TpvcError(
+        f"there is no '{model}'; expected a checkpoint directory, a .gguf file, a hub id like 'owner/name', or '{DEMO}'"
+    )
+
+
+def tokenizer(program: Program) -> Any:
+    """The transformers tokenizer of `program.source`, read from its files (never from a hub)."""
+    from transformers import AutoTokenizer
+
+    if program.source is None:
+        raise TpvcError("this program has no source directory to take a tokenizer from; load it from a checkpoint")
+    directory = program.source.directory
+    for file in program.source.files:
+        if file.lower().endswith(".gguf"):
+            from tpvc.compiler.frontends import gguf
+
+            return gguf.tokenizer(directory / file)
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TpvcError(
+            f"{directory} has no usable tokenizer ({reason}); expected tokenizer.json beside the weights"
+        ) from error
+
+
+def _directory(path: Path, name: str) -> Program:
+    from tpvc.compiler.frontends import huggingface
+
+    return huggingface.load(path, name)
+
+
+def _gguf(path: Path, name: str) -> Program:
+    from tpvc.compiler.frontends import gguf
+
+    return gguf.load(path, name)
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and the system's errors
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise TpvcError(
+            f"there is no directory '{name}', and the hub did not give a model of that name ({reason});"
+            " check the spelling or the network, or name a local checkpoint directory"
+        ) from error

@@ -1,0 +1,227 @@
+"""GGUF files (v2, v3; llama.cpp's format): the graph from the metadata, tensors dequantised one by one from the map.
+
+Three things that llama.cpp's converter does to a checkpoint are undone, so that parameters are those of the Hugging
+Face model: the q and k rows of `llama` files are interleaved for its rotary kernel; Gemma's norm weights are stored as
+w + 1; and names are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends.architecture import architecture
+from tpvc.compiler.frontends.demo import sha256
+from tpvc.compiler.frontends.gguf_config import config as config_of
+from tpvc.compiler.program import Lazy, Program, Source
+
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+INSIDE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""GGUF names to Hugging Face names, around and inside the blocks (blk.N -> model.layers.N)."""
+
+RENAMED = {
+    "gemma2": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+}
+"""Where an architecture differs from INSIDE."""
+
+DAMAGE = (ValueError, TypeError, KeyError, IndexError, ArithmeticError)
+"""What nonsense in the metadata raises (a number where text should be, text that is not UTF-8)."""
+
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+class Reader(gguf.GGUFReader):
+    """The package's reader, with every access checked against the length of the file."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > self.data.shape[0]:
+            raise ValueError("the file ends inside its data")
+        if type(self.data) is np.memmap:
+            self.data = self.data.view(np.ndarray)  # the same map; slices of a memmap subclass are slow and large
+        return super()._get(offset, dtype, count, override_order)
+
+
+def load(path: Path, name: str) -> Program:
+    """The Program of one GGUF file; nothing but metadata is read. `Source.files` holds the file and its sha256.
+
+    Raises TpvcError for a damaged file, an architecture, a metadata key or a tensor that is not supported.
+    """
+    path = Path(path)
+    reader = _open(path)
+    tensors = {t.name: t for t in reader.tensors}
+    try:
+        _check_types(reader.tensors)
+        shapes = {n: tuple(reversed(t.shape.tolist())) for n, t in tensors.items()}
+        config = config_of(_metadata(reader), shapes, lambda n: _values(tensors[n]))
+        arch = architecture(config)
+        params = {}
+        for tensor in reader.tensors:
+            if tensor.name in NOT_WEIGHTS:
+                continue
+            target = parameter_name(tensor.name, config["model_type"])
+            if target not in arch.shapes:
+                raise TpvcError(
+                    f"the GGUF has the tensor '{tensor.name}', which a '{config['model_type']}' model does "
+                    "not have; this file is not supported"
+                )
+            if shapes[tensor.name] != arch.shapes[target]:
+                raise TpvcError(
+                    f"the GGUF has '{tensor.name}' of shape {shapes[tensor.name]}, expected {arch.shapes[target]}"
+                )
+            params[target] = Lazy(shapes[tensor.name], torch.float32, _reading(path, tensor, config))
+        if missing := sorted(arch.shapes.keys() - params.keys()):
+            raise TpvcError(
+                f"the GGUF lacks {len(missing)} tensors, among them '{missing[0]}'; it is one part of a split "
+                "model or damaged: expected a whole model in one file"
+            )
+    except TpvcError as error:
+        raise TpvcError(f"{path.name}: {error}") from error
+    except DAMAGE as error:
+        raise TpvcError(f"{path.name}: its metadata is damaged ({error}); download it again") from error
+    source = Source(name, path.resolve().parent, config, {path.name: sha256(path)})
+    return Program(arch.nodes, params, arch.facts, source)
+
+
+def parameter_name(name: str, model_type: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor, None if there is none: blk.3.attn_q.weight -> model.layers.3...."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in OUTSIDE:
+        return f"{OUTSIDE[stem]}.{suffix}"
+    inside = INSIDE | RENAMED.get(model_type, {})
+    match stem.split("."):
+        case ["blk", index, part] if part in inside:
+            return f"model.layers.{index}.{inside[part]}.{suffix}"
+    return None
+
+
+def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo llama.cpp's interleaving of q or k rows (or biases): row 2i + s of a head comes from row s * d/2 + i."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _open(path: Path) -> Reader:
+    if not path.is_file():
+        raise TpvcError(f"there is no file {path}; expected a .gguf model")
+    try:
+        reader = Reader(path)
+        if reader.byte_order == "S":
+            raise ValueError("its byte order is not this machine's")
+    except OSError as error:
+        raise TpvcError(f"{path.name} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # the package raises ValueError, IndexError, KeyError, UnicodeDecodeError ... on damage
+        raise TpvcError(
+            f"{path.name} is not a readable GGUF file (version 2 or 3): {error}; it is truncated or damaged, "
+            "download it again"
+        ) from error
+    return reader
+
+
+def _metadata(reader: Reader) -> dict[str, Any]:
+    """Scalars and per-layer arrays; the vocabulary is left in the file."""
+    return {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if field.types[0] != gguf.GGUFValueType.ARRAY or not key.startswith("tokenizer.")
+    }
+
+
+def _check_types(tensors: list) -> None:
+    """Refuse a tensor type that the gguf package cannot dequantise, before anything is read."""
+    for tensor in {t.tensor_type: t for t in tensors}.values():
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]), np.uint8), tensor.tensor_type)
+        except NotImplementedError:
+            raise TpvcError(
+                f"the tensor '{tensor.name}' is stored as {tensor.tensor_type.name}, which cannot be "
+                "dequantised; use a file of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K tensors"
+            ) from None
+
+
+def _values(tensor: gguf.ReaderTensor) -> np.ndarray:
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
+
+
+def _reading(path: Path, tensor: gguf.ReaderTensor, config: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    part = tensor.name.split(".")[-2]
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(part)
+    permuted = config["model_type"] in ("llama", "mistral") and heads is not None
+    plus_one = config["model_type"] == "gemma2" and part.endswith("norm")
+
+    def read() -> torch.Tensor:
+        weight = torch.from_numpy(np.array(_values(tensor), dtype=np.float32, order="C"))
+        if not torch.isfinite(weight).all():
+            raise TpvcError(
+                f"{path.name}: the tensor '{tensor.name}' holds NaN or infinite values; the file is damaged"
+            )
+        if permuted:
+            weight = unpermute(weight, heads)
+        return weight - 1 if plus_one else weight
+
+    return read
+
+
+DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+"""Splits (tokenizer.ggml.pre) that are GPT-2's after every digit was set apart; transformers leaves the digits out."""
+
+KNOWN_SPLITS = {"gpt-2", "llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken", "smaug-bpe", "dbrx"}
+KNOWN_SPLITS |= {"qwen2", "deepseek-r1-qwen", "megrez", "gpt-4o"} | DIGITS_APART
+
+
+def tokenizer(path: Path):
+    """The transformers tokenizer that the file's metadata describes, with its chat template.
+
+    Raises TpvcError when the file holds none or one whose way of splitting text is not known.
+    """
+    path = Path(path)
+    try:
+        metadata = {key: f.contents() for key, f in _open(path).fields.items() if key in (MODEL, SPLIT)}
+    except DAMAGE as error:
+        raise TpvcError(f"{path.name}: its metadata is damaged ({error}); download it again") from error
+    if MODEL not in metadata:
+        raise TpvcError(f"{path.name} holds no tokenizer; expected the metadata '{MODEL}'")
+    split = metadata.get(SPLIT)
+    if metadata[MODEL] == "gpt2" and split not in KNOWN_SPLITS:
+        raise TpvcError(
+            f"{path.name} splits text by {split!r} before merging, which is not known; known: "
+            f"{', '.join(sorted(KNOWN_SPLITS))}"
+        )
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(path.resolve().parent, gguf_file=path.name)
+    except Exception as error:  # whatever transformers meets in a damaged vocabulary
+        raise TpvcError(f"transformers cannot build the tokenizer of {path.name}: {error}") from error
+    if metadata[MODEL] == "gpt2" and split in DIGITS_APART:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return made
+
+
+MODEL, SPLIT = "tokenizer.ggml.model", "tokenizer.ggml.pre"

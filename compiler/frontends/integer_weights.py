@@ -1,0 +1,175 @@
+"""Reading compressed-tensors checkpoints: which modules are integers and on which grid, from `quantization_config`.
+
+The tensors are those of `compressed_tensors_format`: the formats "pack-quantized" and "int-quantized", weights only;
+strategies tensor, channel, group, and block with blocks of one row (groups by another name); zero points packed or
+not. Whatever else a `quantization_config` can say (activations, transforms, sparsity, reordered columns) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpvc.compiler.compressed_tensors_format import METHODS, from_tensors
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends.fields import Config
+from tpvc.compiler.frontends.weights import FLOATS, Stored
+from tpvc.compiler.packing import words
+from tpvc.compiler.program import Grid, Lazy, QTensor
+
+FORMATS = {"pack-quantized": ("packed", "scale", "shape"), "int-quantized": ("", "scale")}
+"""Format -> parts of a symmetric module: suffixes of `weight_`; "" is `weight` itself."""
+
+PARTS = ("packed", "scale", "zero_point", "shape", "g_idx")
+"""Suffixes of `weight_` that a file may hold."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One config group. `size`: columns that share a scale, None for a row ("channel") or the whole ("tensor")."""
+
+    format: str
+    bits: int
+    symmetric: bool
+    strategy: str
+    size: int | None
+
+    def grid(self, columns: int) -> Grid:
+        if self.strategy == "tensor":
+            return Grid(self.bits, 0, self.symmetric)
+        per_row = self.strategy == "channel" or (self.strategy == "block" and self.size == columns)
+        return Grid(self.bits, -1 if per_row else self.size, self.symmetric)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Which modules are integers: `groups` pairs targets with a scheme; `ignore` wins."""
+
+    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    ignore: tuple[str, ...]
+
+    def scheme(self, names: Sequence[str], kind: str) -> Scheme | None:
+        """The scheme of a module known by `names` and of class `kind`; None: it stays in float.
+
+        A name beats a regular expression, which beats a class.
+        """
+        if any(_names(t, names) or t == kind for t in self.ignore):
+            return None
+        tests = (
+            lambda t: t in names,
+            lambda t: t.startswith("re:") and _names(t, names),
+            lambda t: t == kind,
+        )
+        for test in tests:
+            for targets, scheme in self.groups:
+                if any(test(t) for t in targets):
+                    return scheme
+        return None
+
+
+def _names(target: str, names: Sequence[str]) -> bool:
+    """Whether a target ("re:" starts a regular expression matched from the left) means one of `names`."""
+    if target.startswith("re:"):
+        return any(re.match(target[3:], n) for n in names)
+    return target in names
+
+
+def quantization(config: Config) -> Quantization | None:
+    """What `quantization_config` says, None where there is none; TpvcError for what this reader cannot do exactly."""
+    given = config.get("quantization_config") or config.get("compression_config")
+    if not given:
+        return None
+    method = given.get("quant_method")
+    if method not in METHODS:
+        raise TpvcError(
+            f"the checkpoint is quantised with quant_method = {method!r}; supported: '{METHODS[0]}' with the formats"
+            f" {', '.join(FORMATS)}, so start from the float checkpoint"
+        )
+    _check(given.get("kv_cache_scheme") is None, "quantises the key/value cache")
+    _check(not (given.get("transform_config") or {}).get("config_groups"), "has a transform_config")
+    sparsity = (given.get("sparsity_config") or {}).get("format", "dense")
+    _check(sparsity == "dense", f"has sparse weights ({sparsity})")
+    status = given.get("quantization_status", "compressed")
+    _check(status == "compressed", f"has quantization_status {status!r}")
+    groups = []
+    for name, group in (given.get("config_groups") or {}).items():
+        _check(not group.get("input_activations") and not group.get("output_activations"), "quantises activations")
+        scheme = _scheme(name, group.get("format") or given.get("format"), group.get("weights") or {})
+        groups.append((tuple(group.get("targets") or ()), scheme))
+    _check(bool(groups), "has no config_groups")
+    return Quantization(tuple(groups), tuple(given.get("ignore") or ()))
+
+
+def _check(fact: bool, text: str) -> None:
+    if not fact:
+        raise TpvcError(
+            f"the checkpoint's quantization_config {text}, which is not supported; supported: integer weights in the"
+            f" formats {', '.join(FORMATS)}, activations in float"
+        )
+
+
+def _scheme(name: str, form: Any, weights: Mapping[str, Any]) -> Scheme:
+    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    _check(form in FORMATS, f"has the format {form!r} in {name}")
+    _check(weights.get("type", "int") == "int", f"has weights of type {weights.get('type')!r} in {name}")
+    _check(isinstance(bits, int) and 2 <= bits <= 8, f"has {bits!r}-bit weights in {name}")
+    _check(not weights.get("dynamic"), f"quantises weights when the model runs in {name}")
+    _check(weights.get("actorder") in (None, "weight", "static", False), f"reorders columns (actorder) in {name}")
+    if strategy is None:
+        strategy = "tensor" if size is None else "group" if size > 0 else "channel"
+    _check(strategy in ("tensor", "channel", "group", "block"), f"has the strategy {strategy!r} in {name}")
+    if strategy == "block":
+        rows, size = weights.get("block_structure") or (None, None)
+        _check(rows == 1, f"has blocks of {rows!r} rows in {name}")
+    if strategy in ("group", "block"):
+        _check(isinstance(size, int) and size > 0, f"has groups of {size!r} columns in {name}")
+    return Scheme(form, bits, bool(weights.get("symmetric", True)), strategy, size)
+
+
+def parameter(name: str, parts: Mapping[str, Stored], shape: tuple[int, ...], scheme: Scheme) -> Lazy:
+    """The integer parameter `name` of `shape` [N, K] from its parts in the file; headers are checked now."""
+    rows, columns = shape
+    grid = scheme.grid(columns)
+    size = grid.columns(columns)
+    if columns % size:
+        raise TpvcError(f"'{name}' has {columns} columns in groups of {size}; expected a whole number of groups")
+    expected = FORMATS[scheme.format] + (() if grid.symmetric else ("zero_point",))
+    if set(parts) != set(expected):
+        raise TpvcError(f"'{name}' ({scheme.format}, {grid}) is stored as {_keys(parts)}; expected {_keys(expected)}")
+    scales = [(1,), (1, 1)] if grid.group == 0 else [(rows, columns // size)]
+    allowed = {
+        "": [("I8", (rows, columns))],
+        "packed": [("I32", (rows, words(columns, grid.bits)))],
+        "scale": [(dtype, s) for dtype in FLOATS for s in scales],
+        "shape": [("I64", (2,)), ("I32", (2,))],
+        "zero_point": [("I8", s) for s in scales],
+    }
+    if grid.group != 0 and scheme.format == "pack-quantized":
+        allowed["zero_point"].append(("I32", (words(rows, grid.bits), columns // size)))
+    for part in expected:
+        stored = parts[part]
+        if (stored.dtype, stored.shape) not in allowed[part]:
+            choices = " or ".join(f"{dtype} {list(s)}" for dtype, s in allowed[part])
+            raise TpvcError(
+                f"tensor '{stored.name}' is {stored.dtype} {list(stored.shape)}; {grid} of a {rows}x{columns} matrix"
+                f" expects {choices}"
+            )
+
+    def read() -> QTensor:
+        tensors = {f"weight_{part}" if part else "weight": parts[part].read() for part in expected}
+        if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [rows, columns]:
+            said = tensors["weight_shape"].tolist()
+            raise TpvcError(f"tensor '{parts['shape'].name}' says {said}; expected {[rows, columns]}")
+        q = from_tensors(tensors, grid)
+        top = 2**grid.bits - 1
+        if int(q.codes.max()) > top or (q.zero is not None and int(q.zero.max()) > top):
+            raise TpvcError(f"'{name}' holds codes beyond {grid.bits} bits; use an intact copy of the checkpoint")
+        return q
+
+    return Lazy(tuple(shape), FLOATS[parts["scale"].dtype], read, grid)
+
+
+def _keys(parts: Sequence[str] | Mapping[str, Stored]) -> str:
+    return ", ".join(f"weight_{p}" if p else "weight" for p in sorted(parts))

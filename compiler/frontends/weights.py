@@ -1,0 +1,134 @@
+"""The safetensors files of a checkpoint directory: which tensors there are, and how one of them is read.
+
+Only headers are read when a directory is opened. Pickle files (.bin, .pt) can run code and are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tpvc.compiler.errors import TpvcError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: name, shape and dtype as its header says ("F32", "BF16", "I32", ...)."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> Tensor:
+        """The tensor as it is stored. A float one with NaN or Inf raises TpvcError."""
+        with _opened(self.path) as file:
+            tensor = file.get_tensor(self.name)
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = (float(v) for v in tensor.aminmax())
+            if not (low > float("-inf") and high < float("inf")):
+                raise TpvcError(
+                    f"tensor '{self.name}' in {self.path} holds NaN or Inf; expected finite weights,"
+                    " use an intact copy of the checkpoint"
+                )
+        return tensor
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop, unchecked."""
+        with _opened(self.path) as file:
+            return file.get_slice(self.name)[start:stop]
+
+
+def same(a: Stored, b: Stored, step: int = 4096) -> bool:
+    """Whether two tensors are equal; reads `step` rows at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(torch.equal(a.rows(i, i + step), b.rows(i, i + step)) for i in range(0, a.shape[0], step))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or TpvcError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TpvcError(f"{path} cannot be read as JSON ({error}); expected a JSON object") from error
+    if not isinstance(value, dict):
+        raise TpvcError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint in `directory`, by the name that the files give it."""
+    if (directory / SINGLE).is_file():
+        return _header(directory / SINGLE)
+    if not (directory / INDEX).is_file():
+        _no_weights(directory)
+    where = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()) or not where:
+        raise TpvcError(f"{directory / INDEX} has no weight_map; expected {{tensor name: file name}}")
+    shards = sorted(set(where.values()))
+    for shard in shards:
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts or "\\" in shard:
+            raise TpvcError(f"{directory / INDEX} points to '{shard}', outside of the directory; expected a file in it")
+    missing = [s for s in shards if not (directory / s).is_file()]
+    if missing:
+        raise TpvcError(
+            f"{directory} lacks {len(missing)} of the {len(shards)} files that its index names, first '{missing[0]}';"
+            " download the missing files"
+        )
+    found: dict[str, Stored] = {}
+    for shard in shards:
+        header = _header(directory / shard)
+        twice = found.keys() & header.keys()
+        if twice:
+            raise TpvcError(f"tensor '{min(twice)}' is in two files of {directory}; expected it in one")
+        found |= header
+    for name, shard in where.items():
+        if name not in found or found[name].path != directory / shard:
+            raise TpvcError(f"{directory / INDEX} says that '{name}' is in '{shard}', which does not hold it")
+    return found
+
+
+def hashes(found: dict[str, Stored], directory: Path) -> dict[str, str]:
+    """{file name relative to `directory`: sha256} of the files that hold `found`."""
+    result = {}
+    for path in sorted({t.path for t in found.values()}):
+        with open(path, "rb") as file:
+            result[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return result
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TpvcError(
+            f"{path} is not a complete safetensors file ({reason}); download it again or use an intact copy"
+        ) from error
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    with _opened(path) as file:
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is not a dict)
+        return {n: Stored(path, n, tuple(v.get_shape()), str(v.get_dtype())) for n, v in views.items()}
+
+
+def _no_weights(directory: Path) -> None:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+    if pickles:
+        raise TpvcError(
+            f"{directory} holds its weights as pickle ({pickles[0]}), which can run code when read and is refused;"
+            " convert it to safetensors (transformers: from_pretrained, then save_pretrained)"
+        )
+    raise TpvcError(f"{directory} holds neither {SINGLE} nor {INDEX}; expected the weights of a model")

@@ -1,0 +1,157 @@
+"""The op table: what each op means, as a plain torch function.
+
+This is the reference that every fast path (ONNX graph, Triton kernel) is checked against. A function takes the input
+values in order, then parameters and attributes by name. Shapes: B rows, T new tokens, S = past + T tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tpvc.compiler.program import QTensor
+
+
+def embed(ids: Tensor, *, weight: Tensor | QTensor, offset: int = 0) -> Tensor:
+    """Rows of a table: int64 [B, T] -> [B, T, D]. `offset` is added to the ids (OPT's positions start at row 2)."""
+    if isinstance(weight, QTensor):
+        return weight.rows(ids + offset)
+    return F.embedding(ids + offset, weight)
+
+
+def linear(x: Tensor, *, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`; weight [out, in]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, *, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * w` over groups of len(weight) features; Gemma stores w - 1 (`plus_one`).
+
+    With a weight of head_dim entries every head is normalised by itself (Qwen3).
+    """
+    groups = x.unflatten(-1, (-1, weight.shape[0]))
+    normed = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (weight + 1 if plus_one else weight)).flatten(-2)
+
+
+def layer_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def rope(x: Tensor, positions: Tensor, *, head_dim: int, inv_freq: tuple[float, ...], magnitude: float = 1.0) -> Tensor:
+    """Rotary embedding, half-split convention: feature i is paired with i + len(inv_freq) inside each head.
+
+    `inv_freq` [rotary_dim / 2] has any frequency scaling baked in; features past rotary_dim are left alone.
+    `magnitude` multiplies cos and sin (YaRN's attention factor).
+    """
+    half = len(inv_freq)
+    freq = torch.tensor(inv_freq, dtype=torch.float32, device=x.device)
+    angle = positions[..., None].float() * freq
+    cos, sin = (angle.cos() * magnitude)[..., None, :], (angle.sin() * magnitude)[..., None, :]
+    heads = x.unflatten(-1, (-1, head_dim))
+    a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).flatten(-2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Causal grouped-query attention. q [B, T, heads*d], k and v [B, T, kv_heads*d], mask bool [B, S].
+
+    A query sees keys at or before itself, at most `window - 1` back, that the mask calls real; a padding query sees
+    itself, so that no row is empty. `past` and the second result are keys and values [B, kv_heads, S, d].
+    """
+    q, k, v = (t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    if past is not None:
+        k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+    new, total = q.shape[2], k.shape[2]
+    query = torch.arange(total - new, total, device=q.device)[:, None]
+    key = torch.arange(total, device=q.device)[None]
+    seen = (key <= query) & (mask[:, None, :].bool() | (key == query))
+    if window is not None:
+        seen = seen & (key > query - window)
+    seen = seen[:, None]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=heads != kv_heads)
+    else:
+        share = heads // kv_heads
+        scores = q @ k.repeat_interleave(share, 1).transpose(-1, -2) * scale
+        scores = softcap * torch.tanh(scores / softcap)
+        out = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(share, 1)
+    return out.transpose(1, 2).flatten(-2), (k, v)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activation(x: Tensor, *, kind: str) -> Tensor:
+    return ACTIVATIONS[kind](x)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    return a * b
+
+
+def scale(x: Tensor, *, factor: float) -> Tensor:
+    return x * factor
+
+
+def softcap(x: Tensor, *, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
+
+
+def split(x: Tensor, *, groups: int, start: int, stop: int) -> Tensor:
+    """Features start..stop of each of `groups` equal runs of the last dimension.
+
+    Takes q, k or v out of a fused projection: one run for Phi-3 and GPT-2, a run per head for GPT-NeoX.
+    """
+    return x.unflatten(-1, (groups, -1))[..., start:stop].flatten(-2)
+
+
+@dataclass(frozen=True)
+class Op:
+    """inputs: how many values it takes; params: roles, a trailing ? marks optional ones; attrs: likewise."""
+
+    compute: Callable[..., Tensor]
+    inputs: int
+    params: tuple[str, ...] = ()
+    attrs: tuple[str, ...] = ()
+
+
+OPS: dict[str, Op] = {
+    "embed": Op(embed, 1, ("weight",), ("offset?",)),
+    "linear": Op(linear, 1, ("weight", "bias?")),
+    "rms_norm": Op(rms_norm, 1, ("weight",), ("eps", "plus_one?")),
+    "layer_norm": Op(layer_norm, 1, ("weight", "bias?"), ("eps",)),
+    "rope": Op(rope, 2, (), ("head_dim", "inv_freq", "magnitude?")),
+    "attention": Op(attention, 4, (), ("heads", "kv_heads", "scale", "window?", "softcap?")),
+    "activation": Op(activation, 1, (), ("kind",)),
+    "add": Op(add, 2),
+    "mul": Op(mul, 2),
+    "scale": Op(scale, 1, (), ("factor",)),
+    "softcap": Op(softcap, 1, (), ("cap",)),
+    "split": Op(split, 1, (), ("groups", "start", "stop")),
+}

@@ -1,0 +1,253 @@
+"""The way through the house: checkpoint -> Program -> passes -> Program -> artefact. Read `quantize`, then `export`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from contextlib import suppress
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tpvc
+from tpvc.compiler import frontends, report
+from tpvc.compiler.backends import huggingface
+from tpvc.compiler.calibration import Calibration, calibrate
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.output import MANIFEST, check_free, published
+from tpvc.compiler.program import Grid, Program, grid_of, linears
+from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.store import BlockStore
+from tpvc.compiler.verify import verify
+from tpvc.passes.checks import check_grid
+from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
+from tpvc.passes.round_to_nearest import RoundToNearest
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    bits: int = 4,
+    group: int | None = None,
+    symmetric: bool = False,
+    method: str = "flexround",
+    recipe: str = "default",
+    steps: int | None = None,
+    dataset: str = "builtin",
+    nsamples: int = 128,
+    seqlen: int = 256,
+    head_bits: int = 8,
+    seed: int = 0,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Quantise `model` block by block into the directory `out`, a checkpoint that transformers and vLLM load as it is.
+
+    bits, group, symmetric  the grid of the block linears: 2..8; columns per scale, -1 per channel, 0 per tensor, None:
+                            the largest of 128, 64, 32 that divides every weight
+    method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration
+    recipe, steps           a name in RECIPES; steps overrides its optimiser steps per block
+    dataset, nsamples, seqlen   calibration: see tpvc.compiler.calibration
+    head_bits               8 rounds the head per channel (to nearest); 16 leaves it in float
+
+    An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block.
+    """
+    out = Path(out)
+    check_free(out, overwrite)
+    _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
+    progress("load", 0, 1, str(model))
+    program = frontends.load(model)
+    tokenizer = frontends.tokenizer(program)
+    grid = Grid(bits, default_group(program) if group is None else group, symmetric)
+    check_grid(grid, program, tuple(n for n in program.nodes if n.block is not None))
+    progress("load", 1, 1, "")
+
+    chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
+    calibration = None
+    if method == "flexround":
+        calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
+    options = {
+        "bits": bits,
+        "group": grid.group,
+        "symmetric": symmetric,
+        "method": method,
+        "head_bits": head_bits,
+        "scale_dtype": str(scale_dtype(program)).removeprefix("torch."),
+    }
+    if method == "flexround":
+        options |= {"recipe": recipe, **asdict(chosen), "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
+        options |= {"seed": seed, "device": device}
+
+    with published(out, overwrite, resumable=True) as work:
+        store = BlockStore.open(work / "blocks", _fingerprint(program, options, calibration))
+        passes = _passes(program, grid, options, chosen, calibration, store, progress)
+        rounded = program
+        for rounding in passes:
+            rounded = verify(rounding(rounded), after=type(rounding).__name__)
+        manifest, timings = _manifest(program, rounded, store, options, calibration, passes)
+        progress("write", 0, 1, str(out))
+        huggingface.emit(rounded, work / "artefact", tokenizer, manifest)
+        manifest = json.loads((work / "artefact" / MANIFEST).read_text(encoding="utf-8"))
+        report.write(work / "artefact" / "report.html", manifest, timings)
+        progress("write", 1, 1, str(out))
+    return out
+
+
+def export(
+    artefact: str | Path,
+    out: str | Path,
+    *,
+    to: str = "onnx",
+    portable: bool = False,
+    accuracy_level: int = 4,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Write `artefact` (or any MODEL, in float) as a folder that stock ONNX Runtime GenAI runs.
+
+    accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
+    portable        also write a twin in standard ONNX operators
+    """
+    from tpvc.compiler.backends import onnx
+
+    out = Path(out)
+    if to != "onnx":
+        raise TpvcError(f"export target is '{to}'; expected onnx")
+    if accuracy_level not in (0, 1, 2, 3, 4):
+        raise TpvcError(f"accuracy level is {accuracy_level}; expected 0 (float32) to 4 (int8 activations)")
+    check_free(out, overwrite)
+    progress("export", 0, 1, str(artefact))
+    program = frontends.load(artefact)
+    tokenizer = frontends.tokenizer(program)
+    with published(out, overwrite) as work:
+        folder = work / "artefact"
+        onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
+        manifest = {
+            "tpvc": tpvc.__version__,
+            "artefact": "onnx",
+            "source": {"name": program.source.name, "files": dict(program.source.files)},
+            "options": {"to": to, "portable": portable, "accuracy_level": accuracy_level},
+            "files": {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()},
+            "versions": _versions("onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir"),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    progress("export", 1, 1, str(out))
+    return out
+
+
+def default_group(program: Program) -> int:
+    """The largest of 128, 64 and 32 that divides every block linear's columns; per channel if none does."""
+    nodes = linears(n for n in program.nodes if n.block is not None)
+    columns = {program.params[n.params["weight"]].shape[1] for n in nodes}
+    return next((g for g in (128, 64, 32) if all(c % g == 0 for c in columns)), -1)
+
+
+def scale_dtype(program: Program) -> torch.dtype:
+    """Scales are stored in the dtype of the checkpoint's own linears, so that readers need not round them again."""
+    first = linears(program.nodes)[0].params["weight"]
+    return program.params[first].dtype
+
+
+def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples: int, seqlen: int) -> None:
+    if not 2 <= bits <= 8:
+        raise TpvcError(f"bits is {bits}; expected a width from 2 to 8")
+    if method not in ("flexround", "rtn"):
+        raise TpvcError(f"method is '{method}'; expected flexround or rtn")
+    if recipe not in RECIPES:
+        raise TpvcError(f"recipe is '{recipe}'; expected one of {', '.join(RECIPES)}")
+    if head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+        raise TpvcError(f"head bits is {head_bits}; expected 16 (keep the head in float) or a width from 2 to 8")
+    if nsamples < 1 or seqlen < 2:
+        raise TpvcError(f"calibration is {nsamples} windows of {seqlen} tokens; expected at least 1 window of 2 tokens")
+
+
+def _passes(
+    program: Program,
+    grid: Grid,
+    options: dict[str, Any],
+    recipe: Recipe,
+    calibration: Calibration | None,
+    store: BlockStore,
+    progress: Progress,
+) -> list[FlexRound | RoundToNearest]:
+    """Order is meaning: blocks first, on the float embedding; then the head, which may share its matrix with it."""
+    dtype = scale_dtype(program)
+    passes: list[FlexRound | RoundToNearest] = []
+    if calibration is not None:
+        seed, device = options["seed"], options["device"]
+        passes.append(FlexRound(grid, recipe, calibration.tokens, store, seed, dtype, device, progress))
+    else:
+        passes.append(RoundToNearest(grid, store, scale_dtype=dtype, progress=progress))
+    if options["head_bits"] != 16:
+        head = Grid(options["head_bits"], -1, True)
+        passes.append(RoundToNearest(head, store, "epilogue", dtype, progress))
+    return passes
+
+
+def _manifest(
+    program: Program,
+    rounded: Program,
+    store: BlockStore,
+    options: dict[str, Any],
+    calibration: Calibration | None,
+    passes: list[FlexRound | RoundToNearest],
+) -> tuple[dict[str, Any], list[float]]:
+    """(tpvc.json without anything that differs between two runs of one command, seconds per block)."""
+    records = [dict(store.finished(i)[1]) for i in range(program.blocks)]
+    timings = [r.pop("seconds", 0.0) for r in records]
+    head = linears(program.epilogue)[-1]
+    head_grid = grid_of(rounded.params[head.params["weight"]])
+    kept = [n.name for n in linears(rounded.nodes) if grid_of(rounded.params[n.params["weight"]]) is None]
+    manifest = {
+        "tpvc": tpvc.__version__,
+        "artefact": "checkpoint",
+        "source": {
+            "name": program.source.name,
+            "files": dict(program.source.files),
+            "config": dict(program.source.config),
+        },
+        "options": options,
+        "calibration": None if calibration is None else calibration.origin,
+        "passes": [{"name": type(p).__name__, "grid": str(p.grid)} for p in passes],
+        "blocks": records,
+        "head": {
+            "name": head.name,
+            "parameter": head.params["weight"],
+            "bits": head_grid.bits if head_grid else 16,
+            "tied": any(n.op == "embed" and n.params["weight"] == head.params["weight"] for n in program.nodes),
+        },
+        "left_in_float": [{"name": n, "why": "the head was kept in float (--head-bits 16)"} for n in kept],
+        "size": {"float_bytes": sum(math.prod(p.shape) * p.dtype.itemsize for p in program.params.values())},
+        "versions": _versions("torch", "transformers", "safetensors", "compressed-tensors"),
+    }
+    return manifest, timings
+
+
+def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
+    """What a resumed run must share with the interrupted one."""
+    return {
+        "source": dict(program.source.files),
+        "options": options,
+        "calibration": None if calibration is None else calibration.origin,
+        "versions": _versions("tpvc", "torch"),
+    }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {"python": platform.python_version(), "tpvc": tpvc.__version__}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

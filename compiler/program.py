@@ -1,0 +1,191 @@
+"""The intermediate representation: a flat list of named nodes over a table of ops, and parameters by name.
+
+A `Program` is frozen data. A pass returns a new one; nothing is changed in place. Node names are also the names of the
+values they produce, every node has one output, and every node knows the transformer block it belongs to, so that
+"block by block" is a slice of the list.
+
+Graph inputs (values that no node produces):
+
+    input_ids   int64 [B, T]    token ids of the new tokens
+    positions   int64 [B, T]    position of every new token in its own sequence (padding not counted)
+    mask        bool  [B, S]    which of the S = past + T tokens are real; False is padding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INPUTS = ("input_ids", "positions", "mask")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the weight of one linear is rounded.
+
+    bits       2..8
+    group      columns that share a scale; 0: one scale per tensor; -1: one scale per row (output channel)
+    symmetric  True: zero point is 2^(bits-1) and not stored
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def columns(self, in_features: int) -> int:
+        """Columns per scale for a matrix with `in_features` columns."""
+        return self.group if self.group > 0 else in_features
+
+    def __str__(self) -> str:
+        group = {0: "per tensor", -1: "per channel"}.get(self.group, f"g{self.group}")
+        return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Integer codes with their uniform grid: `w[n, k] = (codes[n, k] - zero[n, k // g]) * scale[n, k // g]`.
+
+    codes   uint8 [out, in], 0 .. 2^bits - 1
+    scale   float32 [out, in / g], or [1, 1] per tensor; its values are exact in `scale_dtype`
+    zero    uint8, the shape of scale, or None: symmetric, 2^(bits-1)
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    grid: Grid
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [out, in]."""
+        return self.rows(slice(None))
+
+    def rows(self, index: Any) -> torch.Tensor:
+        """Dequantised rows, float32 `[..., in]`; `index` is anything that indexes the first dimension of a tensor."""
+        codes = self.codes[index]
+        pick = (lambda t: t) if self.scale.shape[0] == 1 else (lambda t: t[index])
+        zero = 2 ** (self.grid.bits - 1) if self.zero is None else pick(self.zero).float().unsqueeze(-1)
+        grouped = codes.float().unflatten(-1, (self.scale.shape[1], -1))
+        return ((grouped - zero) * pick(self.scale).unsqueeze(-1)).flatten(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """A parameter that lies in a file and is read when asked for; nothing is kept.
+
+    `read()` returns a torch.Tensor of `shape` and `dtype`, or a QTensor of `shape` when `grid` is set.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor | QTensor] = field(repr=False)
+    grid: Grid | None = None
+
+
+Parameter = torch.Tensor | QTensor | Lazy
+
+
+def read(parameter: Parameter) -> torch.Tensor | QTensor:
+    """The parameter itself, read from its file if it is lazy."""
+    return parameter.read() if isinstance(parameter, Lazy) else parameter
+
+
+def grid_of(parameter: Parameter) -> Grid | None:
+    """The grid of an integer parameter, None for a float one. Reads nothing."""
+    return getattr(parameter, "grid", None)
+
+
+def dense(parameter: Parameter) -> torch.Tensor:
+    """The parameter in float32, dequantised where it is an integer one."""
+    value = read(parameter)
+    return value.dequantize() if isinstance(value, QTensor) else value.float()
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. `params` maps a role of the op (weight, bias) to a parameter name; `attrs` are constants."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    params: Mapping[str, str] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a Program came from, and what an artefact has to carry on.
+
+    name       what the user typed
+    directory  where config, tokenizer and weights lie
+    config     the Hugging Face config.json as a dict (made from metadata for a GGUF)
+    files      {file name: sha256} of every weight file read
+    """
+
+    name: str
+    directory: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What backends and the generation loop must know about a model, apart from its graph."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context_length: int
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """`nodes` in order of execution (the last one yields the logits), `params` by checkpoint name."""
+
+    nodes: tuple[Node, ...]
+    params: Mapping[str, Parameter]
+    facts: Facts
+    source: Source | None = None
+
+    @property
+    def blocks(self) -> int:
+        return 1 + max((n.block for n in self.nodes if n.block is not None), default=-1)
+
+    def block(self, index: int) -> tuple[Node, ...]:
+        return tuple(n for n in self.nodes if n.block == index)
+
+    @property
+    def prologue(self) -> tuple[Node, ...]:
+        """Nodes before the first block: embeddings."""
+        first = next((i for i, n in enumerate(self.nodes) if n.block is not None), len(self.nodes))
+        return self.nodes[:first]
+
+    @property
+    def epilogue(self) -> tuple[Node, ...]:
+        """Nodes after the last block: final norm and head."""
+        last = max((i for i, n in enumerate(self.nodes) if n.block is not None), default=-1)
+        return self.nodes[last + 1 :]
+
+    def with_params(self, changed: Mapping[str, Parameter]) -> Program:
+        return replace(self, params={**self.params, **changed})
+
+
+def linears(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """The linear nodes among `nodes`: what quantisation is about."""
+    return tuple(n for n in nodes if n.op == "linear")

@@ -1,0 +1,117 @@
+"""report.html: what a quantisation did, for a person. One file, no network, light and dark; made from the manifest."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import median
+
+from tpvc.compiler import charts
+from tpvc.compiler.errors import TpvcError
+
+
+def write(path: Path, manifest: dict, timings: list[float]) -> None:
+    """Write the report of `manifest` (the content of tpvc.json); `timings` are seconds per block, of this run.
+
+    Whatever the manifest lacks is left out. TpvcError when the file cannot be written.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("tpvc.compiler", "."), autoescape=True, trim_blocks=True)
+    environment.filters |= {"size": size_text, "number": number_text, "seconds": seconds_text, "json": json_text}
+    html = environment.get_template("report.html").render(**_facts(manifest, timings))
+    try:
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise TpvcError(f"cannot write '{path}': {error.strerror or error}; free some space") from error
+
+
+def _facts(manifest: dict, timings: list[float]) -> dict:
+    """What the template reads."""
+    blocks = [_block(record) for record in manifest.get("blocks", [])]
+    numbers = [b["block"] for b in blocks]
+    gains = [b["error_rtn"] / b["error"] for b in blocks if b["error_rtn"] and b["error"]]
+    learned = any(b["curve"] for b in blocks)
+    pictures = []
+    if blocks:
+        series = [("round to nearest", [b["error_rtn"] for b in blocks])]
+        if learned:
+            series.append(("learned rounding", [b["error"] for b in blocks]))
+        pictures.append(("Relative output error of each block", charts.lines(numbers, series)))
+    if learned:
+        flips = charts.bars(numbers, [b["flips"] for b in blocks], percent_text)
+        pictures.append(("Codes that differ from rounding to nearest", flips))
+    if timings:
+        first = numbers[: len(timings)] if len(numbers) >= len(timings) else list(range(len(timings)))
+        pictures.append(("Time for each block", charts.bars(first, list(timings), seconds_text)))
+    curves = [(b["block"], charts.curve(b["curve"])) for b in blocks if len(b["curve"]) > 1]
+    size = manifest.get("size", {})
+    return {
+        "name": manifest.get("source", {}).get("name", "model"),
+        "schemes": _schemes(blocks),
+        "method": " → ".join(p["name"] for p in manifest.get("passes", [])),
+        "size": size,
+        "ratio": size["float_bytes"] / size["bytes"] if size.get("bytes") and size.get("float_bytes") else None,
+        "perplexity": _perplexity(manifest.get("perplexity")),
+        "gain": median(gains) if gains and learned else None,
+        "seconds": sum(timings) or None,
+        "pictures": pictures,
+        "curves": curves,
+        "blocks": blocks,
+        "learned": learned,
+        "manifest": manifest,
+    }
+
+
+def _block(record: dict) -> dict:
+    """A block record with nothing missing and its mean share of flips, by weight."""
+    linears = [{"grid": "", "bits": None, "flips": None, "shape": [0, 0], **entry} for entry in record["linears"]]
+    counted = [(math.prod(e["shape"]), e["flips"]) for e in linears if e["flips"] is not None]
+    weights = sum(n for n, _ in counted)
+    flips = sum(n * f for n, f in counted) / weights if weights else None
+    return {"error": None, "error_rtn": None, "curve": [], "steps": 0, **record, "linears": linears, "flips": flips}
+
+
+def _schemes(blocks: list[dict]) -> str:
+    found = [entry["grid"] for block in blocks for entry in block["linears"] if entry["grid"]]
+    return ", ".join(sorted(set(found), key=lambda grid: (-found.count(grid), grid)))
+
+
+def _perplexity(given: object) -> dict[str, float]:
+    """{label: value}, of a number or of a dict of them."""
+    if isinstance(given, dict):
+        return {str(k): float(v) for k, v in given.items() if isinstance(v, (int, float))}
+    return {"this artefact": float(given)} if isinstance(given, (int, float)) else {}
+
+
+def size_text(count: float) -> str:
+    """Bytes: 1234567 -> 1.2 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def number_text(value: float | None) -> str:
+    """Three significant digits, a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:,.3g}"
+
+
+def percent_text(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def seconds_text(value: float) -> str:
+    """12.3 s, 4 min 05 s, 2 h 03 min."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def json_text(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)

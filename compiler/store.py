@@ -1,0 +1,168 @@
+"""Finished blocks on disk, so that a run that was stopped goes on after its last finished block, bit for bit.
+
+    fingerprint.json         what the run is: a run with another one does not go on here
+    block-00007.safetensors  the integer parameters of block 7 and, in the header, its record and a hash
+    stream-00007.safetensors the activations that leave block 7, of the last finished block only
+
+A file appears under its name when it is whole (written beside it, then renamed), first the stream, then the block: a
+block that is there is finished, and the stream that the next one needs is there too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tpvc.compiler.compressed_tensors_format import Form, from_tensors, to_tensors
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.program import Grid, Lazy, QTensor
+
+_FORM = Form()
+
+
+class BlockStore:
+    """The blocks in `directory`, which exists."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+
+    @classmethod
+    def open(cls, directory: Path, fingerprint: dict) -> BlockStore:
+        """Begin or go on with the run described by `fingerprint` (JSON-able); TpvcError where another one is there."""
+        directory = Path(directory)
+        path = directory / "fingerprint.json"
+        wanted = json.loads(json.dumps(fingerprint))
+        with _explained(path):
+            directory.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            found = _read_json(path)
+            differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+            if differing:
+                there = ", ".join(f"{k} is {_short(found.get(k))}, not {_short(wanted.get(k))}" for k in differing)
+                raise TpvcError(f"'{directory}' holds another unfinished run ({there}); repeat that or overwrite it")
+        else:
+            with _replacing(path) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return cls(directory)
+
+    def finished(self, block: int) -> tuple[dict[str, Lazy], dict] | None:
+        """(parameters, record) of a finished block, or None. A damaged file counts as not finished."""
+        path = self._block(block)
+        header = _verified(path)
+        if header is None:
+            return None
+        params = {name: _lazy(path, name, *told) for name, told in json.loads(header["params"]).items()}
+        return params, json.loads(header["record"])
+
+    def save(
+        self, block: int, params: Mapping[str, QTensor], record: dict, streams: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, Lazy]:
+        """Keep a finished block, and as `streams` what the next one starts from; older streams are removed."""
+        if streams is not None:
+            _write(self._stream(block), dict(streams), {})
+        tensors = {f"{name}/{n}": t for name, q in params.items() for n, t in to_tensors(q, _FORM).items()}
+        told = {
+            name: [list(q.shape), [q.grid.bits, q.grid.group, q.grid.symmetric], str(q.scale_dtype).split(".")[1]]
+            for name, q in params.items()
+        }
+        path = self._block(block)
+        _write(path, tensors, {"params": json.dumps(told), "record": json.dumps(record, sort_keys=True)})
+        for old in self.directory.glob("stream-*.safetensors"):
+            if old != self._stream(block):
+                old.unlink(missing_ok=True)
+        return {name: _lazy(path, name, *t) for name, t in told.items()}
+
+    def streams(self, block: int) -> dict[str, torch.Tensor]:
+        """The streams saved with `block`; TpvcError where they are not there any more or damaged."""
+        path = self._stream(block)
+        if _verified(path) is None:
+            raise TpvcError(f"'{path}' is missing or damaged: the run cannot go on after block {block}; overwrite it")
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def _block(self, block: int) -> Path:
+        return self.directory / f"block-{block:05}.safetensors"
+
+    def _stream(self, block: int) -> Path:
+        return self.directory / f"stream-{block:05}.safetensors"
+
+
+def _lazy(path: Path, name: str, shape: list[int], grid: list, scale_dtype: str) -> Lazy:
+    lattice = Grid(*grid)
+
+    def read() -> QTensor:
+        with safe_open(path, framework="pt") as file:
+            own = [n for n in file.keys() if n.startswith(f"{name}/")]  # noqa: SIM118
+            return from_tensors({n.removeprefix(f"{name}/"): file.get_tensor(n) for n in own}, lattice)
+
+    return Lazy(tuple(shape), getattr(torch, scale_dtype), read, lattice)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = {**header, "sha256": _digest(tensors[name] for name in sorted(tensors))}
+    with _replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+def _verified(path: Path) -> dict[str, str] | None:
+    """The header of a whole, undamaged file, or None."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            whole = header.get("sha256") == _digest(file.get_tensor(name) for name in sorted(file.keys()))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return header if whole else None
+
+
+def _digest(tensors: Iterator[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name at the end, and is gone when something fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _explained(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TpvcError(f"cannot write '{path}': {reason}; free some space or choose another place") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise TpvcError(f"'{path}' is damaged, so it is unknown what run this is; overwrite it")
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

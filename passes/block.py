@@ -1,0 +1,87 @@
+"""One transformer block as a function of its input, for passes that work block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tpvc.compiler import interpret
+from tpvc.compiler.program import Node, Program, QTensor, dense
+from tpvc.compiler.verify import ports
+
+Watch = Callable[[Node, list[Tensor]], None]
+AT_ONCE = 8
+"""Windows computed together where no gradient is needed."""
+
+
+class Block:
+    """One block with its float weights in memory, as a function of its input."""
+
+    def __init__(self, program: Program, index: int, device: str) -> None:
+        self.nodes = program.block(index)
+        self.entering = ports(program, index)[0]
+        self.device = device
+        self.weights = {name: dense(program.params[name]).to(device) for n in self.nodes for name in n.params.values()}
+
+    def output(self, x: Tensor, weights: dict[str, Tensor], watch: Watch | None = None) -> Tensor:
+        """[b, L, D] -> [b, L, D] on the block's device."""
+        values = full_windows(torch.empty(x.shape[:2], device=self.device, dtype=torch.long))
+        return interpret.run(self.nodes, {**values, self.entering: x.to(self.device)}, weights.__getitem__, watch=watch)
+
+    def with_rounded(self, rounded: Mapping[str, QTensor]) -> dict[str, Tensor]:
+        """The block's weights with some of them replaced by what their integers stand for."""
+        return {**self.weights, **{name: q.dequantize().to(self.device) for name, q in rounded.items()}}
+
+    def outputs(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """The same over a whole stream, a few windows at a time; the result lies in host memory."""
+        return torch.cat([self.output(part, weights).cpu() for part in x.split(AT_ONCE)])
+
+    def importance(self, x: Tensor) -> dict[str, Tensor]:
+        """Mean square of every input feature of every linear, float32 [in], by weight name."""
+        total: dict[str, Tensor] = {}
+
+        def watch(node: Node, inputs: list[Tensor]) -> None:
+            if node.op == "linear":
+                square = inputs[0].square().sum((0, 1))
+                name = node.params["weight"]
+                total[name] = total[name] + square if name in total else square
+
+        for part in x.split(AT_ONCE):
+            self.output(part, self.weights, watch)
+        return {name: value / (x.shape[0] * x.shape[1]) for name, value in total.items()}
+
+
+def full_windows(tokens: Tensor) -> dict[str, Tensor]:
+    """Graph inputs for full windows [b, L]: nothing is padding."""
+    mask = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+    return {"input_ids": tokens, "mask": mask, "positions": interpret.positions_of(mask, tokens.shape[1])}
+
+
+def embedded(program: Program, windows: Tensor) -> Tensor:
+    """What enters block 0 for tokens int64 [n, L]: float32 [n, L, D]."""
+    weight = interpret.from_files(program)
+    return torch.cat([interpret.run(program.prologue, full_windows(w), weight) for w in windows.split(AT_ONCE)])
+
+
+def relative_error(output: Tensor, target: Tensor) -> float:
+    """Squared error over squared target: 0 is exact, 1 is as bad as zeros."""
+    return float((output - target).double().square().sum() / target.double().square().sum())
+
+
+@contextmanager
+def quick_matmul(wanted: bool) -> Iterator[None]:
+    """Let float32 matrix products multiply in bfloat16 and add in float32 where the processor has units for it.
+
+    The products' relative error of 2^-9 is far below the rounding error being repaired at 4 bits and less; at more bits
+    it is not, and nothing is changed.
+    """
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    if wanted:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before

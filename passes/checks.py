@@ -1,0 +1,43 @@
+"""What every rounding pass refuses before it starts, and what it says about a linear afterwards."""
+
+from __future__ import annotations
+
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.program import Grid, Node, Program, QTensor, grid_of, linears
+
+
+def check_grid(grid: Grid, program: Program, nodes: tuple[Node, ...]) -> None:
+    """Refuse bits outside 2..8 and groups that do not divide every weight, naming those that do."""
+    if not 2 <= grid.bits <= 8:
+        raise TpvcError(f"bits is {grid.bits}; expected a width from 2 to 8")
+    if grid.group < -1:
+        raise TpvcError(f"group size is {grid.group}; expected a positive size, -1 (per channel) or 0 (per tensor)")
+    columns = {program.params[n.params["weight"]].shape[1] for n in linears(nodes)}
+    if grid.group > 0 and any(c % grid.group for c in columns):
+        fits = [g for g in (16, 32, 48, 64, 96, 128, 192, 256, 512) if not any(c % g for c in columns)]
+        fits = ", ".join(map(str, fits)) or "none of the usual ones"
+        raise TpvcError(
+            f"group size {grid.group} does not divide the {', '.join(map(str, sorted(columns)))} columns of this"
+            f" model's weights; sizes that do: {fits}; or -1 for one scale per channel"
+        )
+
+
+def check_float(program: Program, nodes: tuple[Node, ...]) -> None:
+    """Refuse weights that are integers already: rounding twice loses what the first rounding kept."""
+    for name in (n.params["weight"] for n in linears(nodes)):
+        if grid_of(program.params[name]) is not None:
+            raise TpvcError(
+                f"'{name}' is already quantised; expected a float checkpoint, as rounding twice loses accuracy"
+            )
+
+
+def linear_record(node: Node, value: QTensor, nearest: QTensor) -> dict:
+    """What the manifest says about one linear; flips: the share of codes that differ from round-to-nearest's."""
+    flips = float((value.codes != nearest.codes).float().mean())
+    return {
+        "name": node.name,
+        "shape": list(value.shape),
+        "grid": str(value.grid),
+        "bits": value.grid.bits,
+        "flips": float(f"{flips:.6g}"),
+    }

@@ -1,0 +1,231 @@
+"""FlexRound: learned rounding by element-wise division (Lee et al., ICML 2023, arXiv 2306.00317).
+
+For every linear with weight W [out, in] (Eq. 1-2):
+
+    W_hat = s1 * clamp(round(W / (s1 * S2 * s3)), -z, 2^b - 1 - z)
+
+s1 is the grid, one scale per tensor, row or group, and all that is deployed next to the codes; S2 [out, in] and
+s3 [out, 1] only choose the codes and are thrown away. All three are positive and learned as logarithms, relative to
+where they start, so that step 0 is rounding to nearest on the starting grid, bit for bit.
+
+One block at a time, all its linears jointly:
+
+    minimise || block_float(x_float) - block_rounded(x_rounded) ||^2
+
+with the input from the already rounded prefix and the target from the float prefix; Adam, cosine decay to 0, a
+straight-through gradient for rounding. What is kept is the best of the learned, the starting and the nearest codes on
+calibration windows that no step has seen.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpvc.compiler.program import Grid, Program, QTensor, linears
+from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.store import BlockStore
+from tpvc.passes.block import AT_ONCE, Block, embedded, quick_matmul, relative_error
+from tpvc.passes.checks import check_float, check_grid, linear_record
+from tpvc.passes.fake_round import FakeRound, learned_codes
+from tpvc.passes.grid import Range, grouped, min_max, on_grid, qtensor
+from tpvc.passes.grid_search import search
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much work a block gets.
+
+    steps      optimiser steps per block
+    batch      calibration windows per step
+    lr         Adam's rate for log S2 and log s3
+    lr_scale   Adam's rate for log s1; 0 freezes the grid
+    searched   start from the importance-weighted search instead of min/max
+    held_out   windows kept from the optimiser to choose what is kept
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    lr_scale: float
+    searched: bool
+    held_out: int
+
+
+RECIPES: dict[str, Recipe] = {
+    "fast": Recipe(steps=60, batch=4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8),
+    "default": Recipe(steps=200, batch=4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8),
+    "best": Recipe(steps=1000, batch=4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8),
+    "paper": Recipe(steps=5000, batch=2, lr=5e-4, lr_scale=5e-4, searched=False, held_out=0),
+}
+"""fast, default and best by measurement (docs/flexround.md); paper: the authors' released Llama-2 setting."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One linear while it is learned: its float weight, its grid, and the logarithms of s1 (relative), S2 and s3."""
+
+    weight: Tensor
+    span: Range
+    log_scale: Tensor
+    log_s2: Tensor
+    log_s3: Tensor
+
+    @staticmethod
+    def start(weight: Tensor, span: Range, grid: Grid, frozen_scale: bool) -> Factors:
+        """All factors 1: the forward pass rounds `weight` [out, in] to nearest on `span`."""
+        view = grouped(weight, grid)
+        log_scale = torch.zeros_like(span.scale, requires_grad=not frozen_scale)
+        s3 = torch.zeros(view.shape[0], 1, 1, device=weight.device, requires_grad=True)
+        return Factors(view, span, log_scale, torch.zeros_like(view, requires_grad=True), s3)
+
+    def rounded(self, top: int, dtype: torch.dtype) -> Tensor:
+        """W_hat [out, in], differentiable in the factors."""
+        args = (self.weight, self.log_scale, self.log_s2, self.log_s3, self.span, top, dtype)
+        return FakeRound.apply(*args).flatten(1)
+
+    def frozen(self, grid: Grid, dtype: torch.dtype) -> QTensor:
+        """Codes and scale of the last forward pass; the factors are gone."""
+        factors = (self.log_scale.detach(), self.log_s2.detach(), self.log_s3.detach())
+        relative, span = learned_codes(self.weight, self.span, *factors, 2**grid.bits - 1, dtype)
+        return qtensor(tuple(self.weight.flatten(1).shape), relative, span, grid, dtype)
+
+
+@dataclass(frozen=True)
+class FlexRound:
+    """The pass. Returns the Program with integer weights in every block; records of each block lie in `store`.
+
+    windows      int64 [n, L] calibration tokens
+    scale_dtype  dtype the scales are stored in; they are exact in it
+    A finished block found in `store` is taken as it is, so an interrupted run goes on where it stopped.
+    """
+
+    grid: Grid
+    recipe: Recipe
+    windows: Tensor
+    store: BlockStore
+    seed: int = 0
+    scale_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    progress: Progress = silent
+
+    def __call__(self, program: Program) -> Program:
+        nodes = tuple(n for n in program.nodes if n.block is not None)
+        check_grid(self.grid, program, nodes)
+        check_float(program, nodes)
+        finished = 0
+        while finished < program.blocks and (found := self.store.finished(finished)) is not None:
+            program = program.with_params(found[0])
+            finished += 1
+        if finished == program.blocks:
+            return program
+        if finished:
+            streams = self.store.streams(finished - 1)
+            exact, rounded = streams["exact"], streams["rounded"]
+        else:
+            exact = rounded = embedded(program, self.windows)
+        for index in range(finished, program.blocks):
+            self.progress("FlexRound", index, program.blocks, f"block {index}")
+            began = time.perf_counter()
+            fit = self._fit(program, index, exact, rounded)
+            exact, rounded = fit.exact, fit.rounded
+            record = {**fit.record, "seconds": time.perf_counter() - began}
+            params = self.store.save(index, fit.params, record, {"exact": exact, "rounded": rounded})
+            program = program.with_params(params)
+            note = f"block {index}: error {record['error_rtn']:.2e} to {record['error']:.2e}"
+            self.progress("FlexRound", index + 1, program.blocks, note)
+        return program
+
+    @torch.no_grad()
+    def _fit(self, program: Program, index: int, exact: Tensor, rounded: Tensor) -> Fit:
+        """Learn the rounding of one block and move both streams through it."""
+        grid, dtype = self.grid, self.scale_dtype
+        block = Block(program, index, self.device)
+        nodes = linears(block.nodes)
+        weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
+        target = block.outputs(exact, block.weights)
+
+        nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}
+        start = nearest
+        if self.recipe.searched:
+            importance = block.importance(rounded[: self._training(len(rounded))])
+            start = {name: search(w, importance[name], grid, dtype) for name, w in weights.items()}
+        factors = {n: Factors.start(w, start[n], grid, self.recipe.lr_scale == 0) for n, w in weights.items()}
+        candidates = {
+            "nearest": {n: on_grid(w, nearest[n], grid, dtype) for n, w in weights.items()},
+            "searched": {n: on_grid(w, start[n], grid, dtype) for n, w in weights.items()},
+        }
+        curve = self._learn(block, factors, rounded, target, index)
+        candidates["learned"] = {n: f.frozen(grid, dtype) for n, f in factors.items()}
+
+        judged = slice(self._training(len(rounded)), None) if self._held(len(rounded)) else slice(0, AT_ONCE)
+        errors = {
+            kind: relative_error(block.outputs(rounded[judged], block.with_rounded(chosen)), target[judged])
+            for kind, chosen in candidates.items()
+        }
+        kept = min(errors, key=lambda kind: errors[kind])
+        params = candidates[kept]
+        rtn = candidates["nearest"]
+        record = {
+            "block": index,
+            "error_rtn": errors["nearest"],
+            "error_start": errors["searched"],
+            "error": errors[kept],
+            "kept": kept,
+            "steps": self.recipe.steps,
+            "curve": curve,
+            "linears": [linear_record(n, params[n.params["weight"]], rtn[n.params["weight"]]) for n in nodes],
+        }
+        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params)))
+
+    def _held(self, windows: int) -> int:
+        return min(self.recipe.held_out, windows // 8)
+
+    def _training(self, windows: int) -> int:
+        """How many windows, from the first, the optimiser may see."""
+        return windows - self._held(windows)
+
+    @torch.enable_grad()
+    def _learn(self, block: Block, factors: dict[str, Factors], rounded: Tensor, target: Tensor, index: int) -> list:
+        """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square."""
+        recipe, top = self.recipe, 2**self.grid.bits - 1
+        if recipe.steps == 0:
+            return []
+        groups = [{"params": [p for f in factors.values() for p in (f.log_s2, f.log_s3)], "lr": recipe.lr}]
+        if recipe.lr_scale:
+            groups.append({"params": [f.log_scale for f in factors.values()], "lr": recipe.lr_scale})
+        optimizer = torch.optim.Adam(groups, eps=1e-12, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        training = self._training(len(rounded))
+        power = float(target[:training].square().mean())
+        order: list[int] = []
+        curve = []
+        with quick_matmul(self.grid.bits <= 4):
+            for step in range(recipe.steps):
+                if len(order) < recipe.batch:
+                    order = torch.randperm(training, generator=draw).tolist()
+                batch, order = order[: recipe.batch], order[recipe.batch :]
+                weights = {n: f.rounded(top, self.scale_dtype) for n, f in factors.items()}
+                output = block.output(rounded[batch], {**block.weights, **weights})
+                loss = (output - target[batch].to(self.device)).square().mean() / power
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                if step % max(1, recipe.steps // 20) == 0 or step == recipe.steps - 1:
+                    curve.append([step, float(f"{loss.item():.6g}")])
+        return curve
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What a block leaves: its integers, what to report, and both streams after it."""
+
+    params: dict[str, QTensor]
+    record: dict
+    exact: Tensor
+    rounded: Tensor

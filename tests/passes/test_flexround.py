@@ -1,0 +1,210 @@
+"""The block-by-block pass on a small random Llama: streams, choice of what is kept, resume, determinism."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tpvc.compiler import interpret
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends.architecture import architecture
+from tpvc.compiler.program import Grid, Program, QTensor, linears, read
+from tpvc.compiler.store import BlockStore
+from tpvc.compiler.verify import verify
+from tpvc.passes.block import Block, embedded
+from tpvc.passes.flexround import RECIPES, FlexRound
+from tpvc.passes.round_to_nearest import RoundToNearest, quantize
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_theta": 10000.0,
+}
+GRID = Grid(3, 16, False)
+RECIPE = replace(RECIPES["default"], steps=60, lr=4e-3, lr_scale=2e-3, held_out=4)
+
+
+def model() -> Program:
+    """Three blocks with correlated features, so that rounding errors can be made to cancel."""
+    draw = torch.Generator().manual_seed(0)
+    made = architecture(CONFIG)
+    shapes = {}
+    for node in made.nodes:
+        for role, name in node.params.items():
+            shapes[name] = (node.op, role)
+    sizes = {"embed_tokens": (96, 32), "q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
+    sizes |= {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64), "norm": (32,)}
+    params = {}
+    for name in shapes:
+        size = next(s for key, s in sizes.items() if name.split(".")[-2].endswith(key))
+        params[name] = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=draw) * size[-1] ** -0.5
+    return verify(Program(made.nodes, params, made.facts))
+
+
+def windows(count=40, length=16) -> torch.Tensor:
+    return torch.randint(3, 96, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def store(path) -> BlockStore:
+    return BlockStore.open(path, {})
+
+
+def flex(path, recipe=RECIPE, grid=GRID, **options) -> FlexRound:
+    return FlexRound(grid, recipe, windows(), store(path), **options)
+
+
+def integers(program: Program) -> dict[str, QTensor]:
+    nodes = linears(n for n in program.nodes if n.block is not None)
+    return {n.params["weight"]: read(program.params[n.params["weight"]]) for n in nodes}
+
+
+def same(a: dict[str, QTensor], b: dict[str, QTensor]) -> bool:
+    return all(torch.equal(a[n].codes, b[n].codes) and torch.equal(a[n].scale, b[n].scale) for n in a)
+
+
+@pytest.fixture
+def program() -> Program:
+    return model()
+
+
+def records(path, program) -> list[dict]:
+    return [store(path).finished(i)[1] for i in range(program.blocks)]
+
+
+@pytest.mark.parametrize("grid", [GRID, Grid(4, -1, False), Grid(4, 0, True), Grid(2, 16, True)], ids=str)
+def test_learning_strictly_improves_every_block(program, tmp_path, grid):
+    rounded = verify(flex(tmp_path, grid=grid)(program))
+    for record in records(tmp_path, program):
+        assert record["error"] < record["error_rtn"]
+        assert record["kept"] == "learned"
+        assert any(linear["flips"] > 0 for linear in record["linears"])
+    assert all(q.grid == grid and int(q.codes.max()) < 2**grid.bits for q in integers(rounded).values())
+
+
+def test_no_steps_and_no_search_is_round_to_nearest(program, tmp_path):
+    recipe = replace(RECIPE, steps=0, searched=False)
+    nearest = RoundToNearest(GRID, store(tmp_path / "rtn"))(program)
+    assert same(integers(flex(tmp_path / "flex", recipe)(program)), integers(nearest))
+
+
+def test_rate_zero_is_round_to_nearest(program, tmp_path):
+    recipe = replace(RECIPE, lr=0.0, lr_scale=0.0, searched=False)
+    wanted = {n: quantize(program.params[n], GRID) for n in integers(flex(tmp_path, recipe)(program))}
+    assert same(integers(flex(tmp_path, recipe)(program)), wanted)
+
+
+def test_frozen_scale_leaves_the_grid_untouched(program, tmp_path):
+    recipe = replace(RECIPE, lr_scale=0.0, searched=False)
+    for name, q in integers(flex(tmp_path, recipe)(program)).items():
+        assert torch.equal(q.scale, quantize(program.params[name], GRID).scale)
+
+
+def test_nothing_is_kept_that_is_worse_than_nearest(program, tmp_path):
+    """A rate far too high diverges; what is kept is then the best of what does not come from learning."""
+    recipe = replace(RECIPE, lr=30.0, lr_scale=30.0)
+    flex(tmp_path, recipe)(program)
+    for record in records(tmp_path, program):
+        assert record["error"] <= record["error_rtn"]
+        assert record["kept"] != "learned"
+
+
+@torch.no_grad()
+def test_streams_are_the_float_and_the_rounded_prefix(program, tmp_path):
+    """After the last block both streams equal the prefixes computed from scratch; block 0 starts from one stream."""
+    rounded = flex(tmp_path)(program)
+    streams = store(tmp_path).streams(program.blocks - 1)
+    exact = integer = embedded(program, windows())
+    for index in range(program.blocks):
+        block = Block(program, index, "cpu")
+        exact = block.outputs(exact, block.weights)
+        block = Block(rounded, index, "cpu")
+        integer = block.outputs(integer, block.weights)
+    assert torch.equal(streams["exact"], exact)
+    assert torch.equal(streams["rounded"], integer)
+
+
+def test_same_seed_same_integers_other_seed_others(program, tmp_path):
+    one, two, three = (integers(flex(tmp_path / str(i), seed=s)(program)) for i, s in enumerate((5, 5, 6)))
+    assert same(one, two)
+    assert not same(one, three)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(program, tmp_path):
+    whole = integers(flex(tmp_path / "whole")(program))
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_first(stage, done, total, note):
+        if done == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        flex(tmp_path / "part", progress=stop_after_first)(program)
+    assert store(tmp_path / "part").finished(0) and not store(tmp_path / "part").finished(1)
+    assert same(integers(flex(tmp_path / "part")(program)), whole)
+
+
+def test_scales_are_exact_in_the_storage_dtype(program, tmp_path):
+    for q in integers(flex(tmp_path, scale_dtype=torch.bfloat16)(program)).values():
+        assert torch.equal(q.scale.bfloat16().float(), q.scale)
+
+
+def test_more_blocks_need_no_more_memory_than_one(program, tmp_path):
+    """Every weight is read when its block needs it, and none of an earlier block is held when a later one is read."""
+    import weakref
+
+    from tpvc.compiler.program import Lazy
+
+    alive: dict[str, weakref.ref] = {}
+    most = 0
+    block_of = {p: n.block for n in program.nodes for p in n.params.values()}
+
+    def lazy(name, value):
+        def read_it():
+            nonlocal most
+            most = max(most, len({block_of[n] for n, r in alive.items() if r() is not None} - {None}))
+            copy = value.clone()
+            alive[name] = weakref.ref(copy)
+            return copy
+
+        return Lazy(tuple(value.shape), value.dtype, read_it)
+
+    flex(tmp_path)(replace(program, params={n: lazy(n, v) for n, v in program.params.items()}))
+    assert most == 1
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 16, True), Grid(9, 16, True), Grid(4, 24, True), Grid(4, -2, True)], ids=str)
+def test_grids_that_cannot_be_are_refused(program, tmp_path, grid):
+    with pytest.raises(TpvcError) as error:
+        flex(tmp_path, grid=grid)(program)
+    if grid.group == 24:
+        assert "16" in str(error.value) and "32" in str(error.value)
+
+
+def test_rounding_twice_is_refused(program, tmp_path):
+    once = RoundToNearest(GRID, store(tmp_path / "a"))(program)
+    with pytest.raises(TpvcError, match="already quantised"):
+        RoundToNearest(GRID, store(tmp_path / "b"))(once)
+    with pytest.raises(TpvcError, match="already quantised"):
+        flex(tmp_path / "c")(once)
+
+
+def test_a_tied_head_stays_tied(program, tmp_path):
+    rounded = verify(RoundToNearest(Grid(8, -1, True), store(tmp_path), where="epilogue")(program))
+    table = read(rounded.params["model.embed_tokens.weight"])
+    assert isinstance(table, QTensor)
+    ids = torch.arange(6)[None]
+    dense = replace(rounded, params={**rounded.params, "model.embed_tokens.weight": table.dequantize()})
+    assert torch.equal(interpret.logits(rounded, ids), interpret.logits(dense, ids))

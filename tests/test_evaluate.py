@@ -1,0 +1,125 @@
+"""Perplexity and divergence against formulas written out, on a small random Program."""
+
+import math
+
+import pytest
+import torch
+
+from tpvc.compiler import evaluate
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends.architecture import architecture
+from tpvc.compiler.interpret import in_memory, logits
+from tpvc.compiler.program import Program
+from tpvc.compiler.verify import verify
+
+VOCAB = 61
+
+
+def tiny(seed=0, kind="llama", **changes):
+    config = {
+        "model_type": kind,
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": True,
+    }
+    config |= changes
+    arch = architecture(config)
+    generator = torch.Generator().manual_seed(seed)
+    params = {n: torch.randn(s, generator=generator) * 0.3 for n, s in arch.shapes.items()}
+    return verify(Program(arch.nodes, params, arch.facts))
+
+
+def windows(n, length, seed=3):
+    return torch.randint(0, VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        ids = [ord(c) % VOCAB for c in text]
+        return {"input_ids": [0, *ids] if add_special_tokens else ids}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("chunk", [1 << 24, 7 * VOCAB])
+def test_perplexity_is_its_definition(monkeypatch, kind, chunk):
+    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    program, tokens = tiny(kind=kind), windows(6, 17)
+    with torch.no_grad():
+        chances = logits(program, tokens).double().log_softmax(-1)
+    nll = -chances[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0].mean(-1)
+    found = evaluate.perplexity(program, tokens, in_memory(program))
+    # float32 sums of at most 61 terms of a size of about 10 each: 61 * 10 * 2^-24 = 4e-5
+    assert torch.tensor(found.nll).double() == pytest.approx(nll, abs=4e-5)
+    assert found.value == pytest.approx(math.exp(nll.mean()), rel=4e-5)
+    assert found.stderr == pytest.approx(found.value * nll.std().item() / math.sqrt(6), rel=1e-3)
+
+
+def test_one_window_has_no_standard_error():
+    assert math.isnan(evaluate.perplexity(tiny(), windows(1, 9)).stderr)
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 5 * VOCAB])
+def test_divergence_is_its_definition(monkeypatch, chunk):
+    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    program, reference, tokens = tiny(1), tiny(2), windows(5, 12)
+    with torch.no_grad():
+        q, p = (logits(x, tokens)[:, :-1].double().log_softmax(-1) for x in (program, reference))
+    found = evaluate.divergence(program, reference, tokens)
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
+    assert found.top1 == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+
+
+def test_divergence_from_itself_is_nothing():
+    assert evaluate.divergence(tiny(), tiny(), windows(5, 12)) == evaluate.Divergence(0.0, 1.0)
+
+
+def test_only_models_of_one_vocabulary_are_compared():
+    with pytest.raises(TpvcError, match="61 and 40"):
+        evaluate.divergence(tiny(), tiny(vocab_size=40), windows(2, 8) % 40)
+
+
+def test_progress_counts_windows():
+    seen = []
+    evaluate.perplexity(tiny(), windows(6, 8), progress=lambda *step: seen.append(step))
+    assert [step[:3] for step in seen] == [("perplexity", 4, 6), ("perplexity", 6, 6)]
+
+
+def test_text_windows_are_the_first_tokens_without_special_ones(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one line\nanother – line\n", encoding="utf-8")
+    expected = [ord(c) % VOCAB for c in "one line\nanother"]
+    found = evaluate.text_windows(path, Letters(), 2, 8)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [expected[:8], expected[8:]]
+
+
+def test_bad_texts_are_one_clear_error(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("short")
+    with pytest.raises(TpvcError, match=r"holds 5 tokens, 2 windows of 4 need 8; .*at most 1 windows"):
+        evaluate.text_windows(path, Letters(), 2, 4)
+    with pytest.raises(TpvcError, match="expected at least 1 window of 2"):
+        evaluate.text_windows(path, Letters(), 0, 4)
+    with pytest.raises(TpvcError, match="cannot be read"):
+        evaluate.text_windows(tmp_path / "absent.txt", Letters(), 1, 4)
+    path.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(TpvcError, match="not UTF-8 at byte 3"):
+        evaluate.text_windows(path, Letters(), 1, 4)
+
+
+def test_windows_that_the_model_cannot_take():
+    with pytest.raises(TpvcError, match="context of 64"):
+        evaluate.perplexity(tiny(), windows(1, 65))
+    with pytest.raises(TpvcError, match="tokenizer is not this model's"):
+        evaluate.perplexity(tiny(vocab_size=20), windows(4, 16))
