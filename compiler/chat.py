@@ -106,7 +106,16 @@ def _genai(folder: Path, threads: int) -> Engine:
             yield token
 
     def logits(ids: list[int]) -> Any:
-        return start(ids, min(len(ids) + 1, facts["context_length"])).get_output("logits")[0].astype(np.float32)
+        length = min(len(ids) + 1, facts["context_length"])
+        found = start(ids, length).get_output("logits")[0]
+        if len(found) < len(ids):  # the graph gives those of the last token only: one token after the other, then
+            generator = start(ids[:1], length)
+            rows = [generator.get_output("logits")[0, -1]]
+            for token in ids[1:]:
+                generator.append_tokens(np.asarray([token], np.int32))
+                rows.append(generator.get_output("logits")[0, -1])
+            found = np.stack(rows)
+        return found.astype(np.float32)
 
     encode, decoder = _genai_text(folder, model)
     weights = folder / facts["decoder"]["filename"]

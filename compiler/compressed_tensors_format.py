@@ -24,6 +24,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+
 from tpvc.compiler.packing import pack, unpack, words
 from tpvc.compiler.program import Grid, QTensor
 
@@ -116,8 +117,8 @@ def quantization_config(
 
     The largest packed group has the target "Linear" and stands last, after the groups that name their modules (for
     compressed-tensors looks at them in order, and warns); `ignore` are the linears left in float.
-    Modules in `conv` are no Linear there (GPT-2's Conv1D). The library would pass over them, and the model run with random
-    weights; a key that it does not allow makes it refuse the checkpoint.
+    Modules in `conv` are no Linear there (GPT-2's Conv1D). The library would pass over them, and the model run with
+    random weights; a key that it does not allow makes it refuse the checkpoint.
     """
     groups: dict[tuple, list[str]] = {}
     for name, (grid, columns, form) in modules.items():

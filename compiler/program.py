@@ -81,7 +81,8 @@ class QTensor:
 class Lazy:
     """A parameter that lies in a file and is read when asked for; nothing is kept.
 
-    `read()` returns a torch.Tensor of `shape` and `dtype`, or a QTensor of `shape` when `grid` is set.
+    `read()` returns a torch.Tensor of `shape` and `dtype`, or a QTensor of `shape` when `grid` is set
+    (then `dtype` is its `scale_dtype`).
     """
 
     shape: tuple[int, ...]

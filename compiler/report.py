@@ -42,21 +42,21 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
     if learned:
         flips = charts.bars(numbers, [b["flips"] for b in blocks], percent_text)
         pictures.append(("Codes that differ from rounding to nearest", flips))
-    if timings:
+    if any(timings):
         first = numbers[: len(timings)] if len(numbers) >= len(timings) else list(range(len(timings)))
         pictures.append(("Time for each block", charts.bars(first, list(timings), seconds_text)))
     curves = [(b["block"], charts.curve(b["curve"])) for b in blocks if len(b["curve"]) > 1]
     size = manifest.get("size", {})
     return {
-        "name": manifest.get("source", {}).get("name", "model"),
+        "name": Path(manifest.get("source", {}).get("name", "model")).name,
         "schemes": _schemes(blocks),
-        "method": " → ".join(p["name"] for p in manifest.get("passes", [])),
+        "method": " → ".join(dict.fromkeys(p["name"] for p in manifest.get("passes", []))),
         "size": size,
         "ratio": size["float_bytes"] / size["bytes"] if size.get("bytes") and size.get("float_bytes") else None,
         "perplexity": _perplexity(manifest.get("perplexity")),
         "gain": median(gains) if gains and learned else None,
         "seconds": sum(timings) or None,
-        "pictures": pictures,
+        "pictures": [(title, picture) for title, picture in pictures if picture],
         "curves": curves,
         "blocks": blocks,
         "learned": learned,
@@ -70,7 +70,7 @@ def _block(record: dict) -> dict:
     counted = [(math.prod(e["shape"]), e["flips"]) for e in linears if e["flips"] is not None]
     weights = sum(n for n, _ in counted)
     flips = sum(n * f for n, f in counted) / weights if weights else None
-    return {"error": None, "error_rtn": None, "curve": [], "steps": 0, **record, "linears": linears, "flips": flips}
+    return {"error": None, "error_rtn": None, "curve": [], **record, "linears": linears, "flips": flips}
 
 
 def _schemes(blocks: list[dict]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
 from tpvc.compiler.compressed_tensors_format import Form, from_tensors, to_tensors
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Lazy, QTensor

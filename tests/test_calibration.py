@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 import types
+from itertools import chain
 
 import pytest
 import torch
@@ -137,8 +138,8 @@ def test_messages_go_through_the_chat_template(program, tmp_path):
     path = tmp_path / "chats.jsonl"
     jsonl(path, [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}])
     tokenizer = bytewise(chat=True)
-    found = calibrate(program, tokenizer, str(path), 1, 24, 0)
-    assert text_of(found, tokenizer) == "<s>user: hi</s><s>assistant: yes</s>"[:47]
+    found = calibrate(program, tokenizer, str(path), 1, 26, 0)
+    assert text_of(found, tokenizer) == "<s>user: hi</s><s>assistant: yes</s>"
     assert found.tokens[0, 0] == 0
 
 
@@ -188,7 +189,7 @@ def test_interleaving_mixes_every_prefix_and_loses_only_the_last_tail():
     found = interleaved(domains, 4)
     assert found.shape == (17, 4)  # 10 + 5 + 1 whole windows; tails of 1, 2 and 1 tokens make one more
     assert found[-1].tolist() == [40, 120, 121, 204]
-    assert sorted(found.flatten().tolist()) == sorted(sum(domains, []))
+    assert sorted(found.flatten().tolist()) == sorted(chain(*domains))
     for index, share in enumerate((10, 5, 1)):
         for length in range(1, 17):
             among = int((found[:length, 0] // 100 == index).sum())

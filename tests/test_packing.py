@@ -57,7 +57,7 @@ def test_views_and_empty_matrices():
 def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="does not fit in 2 bits"):
         pack(torch.tensor([[4]], dtype=torch.uint8), 2)
-    with pytest.raises(ValueError, match="expected 1..8"):
+    with pytest.raises(ValueError, match=r"expected 1\.\.8"):
         pack(torch.tensor([[4]], dtype=torch.uint8), 9)
     with pytest.raises(ValueError, match="uint8 matrix"):
         pack(torch.tensor([[4]]), 4)

@@ -5,20 +5,23 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
 from tpvc.compiler import charts, report
 from tpvc.compiler.errors import TpvcError
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
+def learning(i: int) -> dict:
+    curve = [[s, 0.02 * 1.3**i * 0.98**s] for s in range(0, 101, 10)]
+    return {"error_rtn": 0.02 * 1.3**i, "error": 0.004 * 1.3**i, "steps": 100, "curve": curve}
+
+
 def manifest(blocks: int = 6, learned: bool = True) -> dict:
     records = [
         {
             "block": i,
-            "error_rtn": 0.02 * 1.3**i,
-            "error": 0.004 * 1.3**i if learned else 0.02 * 1.3**i,
-            "steps": 100 if learned else 0,
-            "curve": [[s, 0.02 * 1.3**i * 0.98**s] for s in range(0, 101, 10)] if learned else [],
+            **(learning(i) if learned else {}),
             "linears": [
                 {
                     "name": f"model.layers.{i}.{n}",
@@ -37,7 +40,7 @@ def manifest(blocks: int = 6, learned: bool = True) -> dict:
         "source": {"name": "tiny & <small>", "files": {"model.safetensors": "ab" * 32}, "config": {}},
         "options": {"bits": 3, "group_size": 64, "dataset": "builtin", "seed": 0, "adapters": []},
         "calibration": {"tokens": 32768, "sha256": "cd" * 32, "domains": {"prose": 12}},
-        "passes": [{"name": "FlexRound", "options": {"iterations": 100}}],
+        "passes": [{"name": "FlexRound", "grid": "W3 g64 asymmetric"}, {"name": "Fold", "options": {"adapters": 2}}],
         "blocks": records,
         "head": {"name": "lm_head", "bits": 8},
         "left_in_float": [{"name": "model.layers.0.gate", "why": "64 does not divide it"}],
@@ -110,9 +113,11 @@ def test_nothing_is_fetched(tmp_path):
 def test_what_is_missing_is_left_out(given, tmp_path):
     html = html_of(tmp_path, given, [])
     tags = parsed(html)
-    learned = any(b["curve"] for b in given.get("blocks", []))
+    blocks = given.get("blocks", [])
+    learned = any("curve" in block for block in blocks)
     assert ("learned rounding" in html) == learned
-    assert tags.seen.count("svg") == (2 * learned or bool(given.get("blocks"))) + learned * len(given.get("blocks", []))
+    assert tags.seen.count("svg") == (2 + len(blocks) if learned else 0)
+    assert tags.seen.count("details") == len(blocks)
 
 
 def test_the_same_manifest_gives_the_same_bytes(tmp_path):

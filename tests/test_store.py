@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+
 from tpvc.compiler import store as store_file
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, QTensor, read

@@ -8,7 +8,10 @@ _API = {
     "load": "tpvc.compiler.frontends",
     "quantize": "tpvc.compiler.pipeline",
     "export": "tpvc.compiler.pipeline",
+    "generate": "tpvc.compiler.interpret",
     "perplexity": "tpvc.compiler.evaluate",
+    "divergence": "tpvc.compiler.evaluate",
+    "bench": "tpvc.compiler.bench",
     "TpvcError": "tpvc.compiler.errors",
 }
 __all__ = ["__version__", *_API]

@@ -15,7 +15,7 @@ from tpvc.compiler.cli import console
 Examples:
   tpvc quantize smollm2-135m -o smollm2-w4
   tpvc export smollm2-w4 --to onnx -o smollm2-onnx
-  tpvc export smollm2-w4 --to onnx -o smollm2-qdq --portable --accuracy-level 0
+  tpvc export smollm2-w4 --to onnx -o smollm2-exact --portable --accuracy-level 0
 
 \b
 The folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
@@ -26,7 +26,7 @@ the fast one on CPUs; level 0 computes in float32 and gives the interpreter's to
 @click.argument("artefact")
 @click.option("--to", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="The runtime's format.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--portable", is_flag=True, help="Standard ONNX operators only, for other runtimes.")
+@click.option("--portable", is_flag=True, help="Add portable/: standard ONNX operators only, for other runtimes.")
 @click.option(
     "--accuracy-level", type=click.Choice(["0", "4"]), default="4", show_default=True, help="Of MatMulNBits; see below."
 )
@@ -53,12 +53,11 @@ def command(
                 progress=bars,
             )
         )
-    files = {f.name: f.stat().st_size for f in sorted(out.iterdir()) if f.is_file()}
+    files = {f.relative_to(out).as_posix(): f.stat().st_size for f in sorted(out.rglob("*")) if f.is_file()}
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "files": files})
     show = console.out().print
     show(f"[bold]{out}[/] written in {console.seconds(took)}")
     for name, count in files.items():
         show(f"  {console.size(count):>9}  {name}")
-    if not portable:
-        show(f'  next: tpvc run {out} "Hello"    or    tpvc bench {out} {artefact}')
+    show(f'  next: tpvc run {out} "Hello"    or    tpvc bench {out} {artefact}')

@@ -42,6 +42,19 @@ def grid_options(
     return {"bits": bits, "group": group_size, "symmetric": bool(symmetric)}
 
 
+def check_device(device: str) -> None:
+    """TpvcError unless torch can compute on `device`. Asks torch only about something else than the CPU."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=device).add_(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TpvcError(f"device '{device}' cannot be used here ({reason}); expected cpu, or one torch has") from error
+
+
 @click.command(
     "quantize",
     epilog="""\b
@@ -120,6 +133,7 @@ def command(
     FlexRound learns how to round every weight so that the output of its block changes least.
     """
     grid = grid_options(scheme, bits, group_size, symmetric)
+    check_device(options["device"])
 
     from tpvc.compiler.bench import peak_bytes
     from tpvc.compiler.pipeline import quantize

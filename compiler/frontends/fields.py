@@ -75,7 +75,9 @@ def size(config: Config, name: str, otherwise: int | None = None) -> int | None:
 def cap(config: Config, name: str, default: float) -> float | None:
     """A positive soft cap, or None where it is null."""
     value = optional(config, name, default)
-    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf")):
+    if value is not None and (
+        not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf")
+    ):
         raise TpvcError(f"{_whose(config)} has {name} = {value!r}; expected a positive number or null")
     return value
 

@@ -185,7 +185,13 @@ def _reading(path: Path, tensor: gguf.ReaderTensor, config: dict[str, Any]) -> C
 
 
 DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-"""Splits (tokenizer.ggml.pre) that are GPT-2's after every digit was set apart; transformers leaves the digits out."""
+"""Splits (tokenizer.ggml.pre) that are GPT-2's after every digit was set apart; transformers leaves the digits out.
+
+They are set apart by a regular expression and not by the tokenizers package's `Digits`, which means the same: ONNX
+Runtime GenAI follows the one and passes over the other.
+"""
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What ByteLevel splits by unless told not to."""
 
 KNOWN_SPLITS = {"gpt-2", "llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken", "smaug-bpe", "dbrx"}
 KNOWN_SPLITS |= {"qwen2", "deepseek-r1-qwen", "megrez", "gpt-4o"} | DIGITS_APART
@@ -209,7 +215,7 @@ def tokenizer(path: Path):
             f"{path.name} splits text by {split!r} before merging, which is not known; known: "
             f"{', '.join(sorted(KNOWN_SPLITS))}"
         )
-    from tokenizers import pre_tokenizers
+    from tokenizers import Regex, pre_tokenizers
     from transformers import AutoTokenizer
 
     try:
@@ -217,9 +223,9 @@ def tokenizer(path: Path):
     except Exception as error:  # whatever transformers meets in a damaged vocabulary
         raise TpvcError(f"transformers cannot build the tokenizer of {path.name}: {error}") from error
     if metadata[MODEL] == "gpt2" and split in DIGITS_APART:
-        digits = pre_tokenizers.Digits(individual_digits=True)
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in (r"\p{N}", GPT2_SPLIT)]
         made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
     return made
 

@@ -81,6 +81,13 @@ def quantization(config: Config) -> Quantization | None:
     given = config.get("quantization_config") or config.get("compression_config")
     if not given:
         return None
+    try:
+        return _quantization(given)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TpvcError(f"quantization_config cannot be understood ({error}); use an intact config.json") from error
+
+
+def _quantization(given: Mapping[str, Any]) -> Quantization:
     method = given.get("quant_method")
     if method not in METHODS:
         raise TpvcError(

@@ -31,13 +31,17 @@ def mistral(config: Config) -> Architecture:
     refuse(config, attention_bias=False, mlp_bias=False)
     if "sliding_window" not in config:
         raise TpvcError("the config of this 'mistral' model lacks the field 'sliding_window'; add it (null: none)")
-    if len(set(config.get("layer_types") or ())) > 1:
-        raise TpvcError("this 'mistral' config mixes layer_types, which that model type does not have")
     sizes = facts(config, kv_heads=need(config, "num_key_value_heads"), head_dim=size(config, "head_dim"))
+    reach = window(config)
+    kinds = ["full_attention" if reach is None else "sliding_attention"] * sizes.layers
+    if config.get("layer_types") not in (None, [], kinds):
+        raise TpvcError(
+            f"this 'mistral' config has layer_types = {config['layer_types']!r}; expected {kinds[0]} in all"
+        )
     return decoder(
         config,
         sizes,
         rope.attributes(config, sizes.head_dim),
-        [window(config)] * sizes.layers,
+        [reach] * sizes.layers,
         tied=flag(config, "tie_word_embeddings", False),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpvc.compiler.frontends import rope
 from tpvc.compiler.frontends.decoder import decoder
-from tpvc.compiler.frontends.fields import Config, facts, flag, layer_windows, need, refuse, size, window
+from tpvc.compiler.frontends.fields import Config, facts, flag, layer_windows, need, number, refuse, size, window
 from tpvc.compiler.frontends.graph import Architecture
 
 
@@ -41,7 +41,7 @@ def _windows(config: Config, layers: int) -> list[int | None]:
     """`use_sliding_window` turns `sliding_window` on, for the layers from `max_window_layers` upwards."""
     if not flag(config, "use_sliding_window", False):
         return layer_windows(config, layers, None, ["full_attention"] * layers)
-    first = config.get("max_window_layers", 28)
+    first = number(config, "max_window_layers", 28)
     kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     reach = window(config, default=4096)
     return layer_windows(config, layers, reach, kinds if reach else ["full_attention"] * layers)

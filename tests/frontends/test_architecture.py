@@ -109,3 +109,14 @@ def test_conventions_of_the_graph(family):
 def test_end_tokens_may_be_a_list():
     drawn = architecture({**CONFIGS["llama"], "eos_token_id": [2, 7], "bos_token_id": None, "pad_token_id": 3})
     assert (drawn.facts.bos, drawn.facts.eos, drawn.facts.pad) == (None, (2, 7), 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nonsense_in_any_field_is_one_error_or_harmless(family):
+    config = CONFIGS[family]
+    for field in (*config, "rope_scaling", "layer_types"):
+        for value in ("x", -1, 0, 1.5, float("nan"), True, None, [], [1], {}, {"a": 1}):
+            try:
+                architecture({**config, field: value})
+            except TpvcError as error:
+                assert "\n" not in str(error)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import load
+from tpvc.compiler.frontends.integer_weights import quantization
 from tpvc.compiler.interpret import from_files, logits
 from tpvc.compiler.program import Grid, QTensor, grid_of, linears, read
 
@@ -265,3 +266,18 @@ def test_a_missing_part(tmp_path):
     del tensors["model.layers.0.self_attn.q_proj.weight_scale"]
     save_file(tensors, tmp_path / "model.safetensors")
     refused(tmp_path, "expected weight_packed, weight_scale, weight_shape")
+
+
+def test_nonsense_in_the_quantization_config_is_one_error():
+    good = settings([(["Linear"], Grid(4, 16, True))], [])
+    nonsense = ("x", -1, 1.5, [], [1], {"a": 1})
+    broken = [nonsense[0], *({**good, field: value} for field in good for value in nonsense)]
+    for field in weights(Grid(4, 16, True)):
+        for value in nonsense:
+            group = {"targets": ["Linear"], "weights": {**weights(Grid(4, 16, True)), field: value}}
+            broken.append({**good, "config_groups": {"g": group}})
+    for given in broken:
+        try:
+            quantization({"quantization_config": given})
+        except TpvcError as error:
+            assert "\n" not in str(error)

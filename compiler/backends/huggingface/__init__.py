@@ -16,7 +16,7 @@ from tpvc.compiler.program import Program
 def emit(
     program: Program, directory: Path, tokenizer: Any, manifest: dict, *, runtime: str = "transformers"
 ) -> list[str]:
-    """Write the checkpoint of `program` into the existing, empty `directory`; returns what a reader has to know.
+    """Write the checkpoint of `program` into the empty or new `directory`; returns what a reader has to know.
 
     model.safetensors, or shards of 5 GB and their index; config.json with `quantization_config`; the tokenizer's files
     (none when `tokenizer` is None); generation_config.json, the source's own or made from its special tokens; and
@@ -27,6 +27,7 @@ def emit(
     """
     plan = layout(program, runtime)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         files = write(directory, plan.pieces)
         _json(directory / "config.json", plan.config)
         _generation(program, directory)

@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+
 from tpvc.compiler.backends.huggingface.stream import Piece
 from tpvc.compiler.compressed_tensors_format import Form, entries, quantization_config, to_tensors
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Parameter, Program, QTensor, grid_of, linears, read
 
 RUNTIMES = ("transformers", "vllm")
-HEADS = {"gpt_neox": "embed_out"}
-"""The name of the head's module where it is not lm_head."""
+HEAD = "lm_head"
+"""The head's module, under this name in every family that transformers 5 knows."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
         raise TpvcError(f"runtime is '{runtime}', expected one of {', '.join(RUNTIMES)}")
     config = {k: v for k, v in program.source.config.items() if k != "quantization_config"}
     transposed = architecture(config).transposed
-    head = HEADS.get(program.facts.family, "lm_head")
     readers: dict[str, set[str]] = {}
     for node in program.nodes:
         for name in node.params.values():
@@ -52,10 +52,10 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
             notes.append(f"'{name}' is an integer table, which vLLM does not read: written rounded to {dtype}")
             if tied:
                 form, config["tie_word_embeddings"] = Form(packed_zeros=True), False
-                pieces.append(_integers([head], param, form))
-                modules[head] = (grid, param.shape[1], form)
+                pieces.append(_integers([HEAD], param, form))
+                modules[HEAD] = (grid, param.shape[1], form)
         else:
-            owners = [module, head] if tied else [module]
+            owners = [module, HEAD] if tied else [module]
             pieces.append(_integers(owners, param, form))
             modules |= {owner: (grid, param.shape[1], form) for owner in owners}
 
@@ -64,13 +64,13 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
         if conv:
             notes.append(f"{len(conv)} Conv1D layers are stored as integers: only tpvc reads this, not transformers")
         float_linears = {n.params["weight"] for n in linears(program.nodes)}
-        ignore = {_module(name, readers[name], head) for name in float_linears if not grid_of(program.params[name])}
+        ignore = {_module(name, readers[name]) for name in float_linears if not grid_of(program.params[name])}
         config["quantization_config"] = quantization_config(modules, ignore, conv)
     return Layout(tuple(pieces), config, tuple(notes))
 
 
-def _module(name: str, readers: set[str], head: str) -> str:
-    return head if "embed" in readers else name.removesuffix(".weight")
+def _module(name: str, readers: set[str]) -> str:
+    return HEAD if "embed" in readers else name.removesuffix(".weight")
 
 
 def _float(name: str, param: Parameter, transposed: bool) -> Piece:

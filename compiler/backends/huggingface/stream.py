@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+
 from tpvc.compiler.compressed_tensors_format import Entries
 
 SHARD_BYTES = 5_000_000_000
@@ -84,12 +86,17 @@ def _write_file(path: Path, pieces: Sequence[Piece]) -> int:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            for name, tensor in piece.make().items():
-                if (tensor.dtype, tuple(tensor.shape)) != entries[name]:
-                    raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, announced {entries[name]}")
-                file.seek(start + offsets[name])
-                file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            _place(file, piece, {name: start + offsets[name] for name in piece.entries})
     return start + end
+
+
+def _place(file: BinaryIO, piece: Piece, at: dict[str, int]) -> None:
+    """Make the tensors of `piece` and write each where it belongs; a function, so that they are gone at its end."""
+    for name, tensor in piece.make().items():
+        if (tensor.dtype, tuple(tensor.shape)) != piece.entries[name]:
+            raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, announced {piece.entries[name]}")
+        file.seek(at[name])
+        file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -1,0 +1,48 @@
+"""Progress in a log file, numbers for people, JSON that is legal."""
+
+import json
+
+from tpvc.compiler.cli import console
+
+
+def test_a_log_gets_a_line_at_the_start_and_one_at_the_end(capsys):
+    with console.Bars() as bars:
+        for i in range(101):
+            bars("flexround", i, 100, "block")
+        bars("flexround", 100, 100, "block")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("flexround: 0/100 block")
+    assert lines[1].startswith("flexround: 100/100 block done in")
+
+
+def test_a_terminal_gets_one_bar_a_stage(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with console.Bars() as bars:
+        bars("load", 1, 1, "")
+        bars("flexround", 1, 4, "block 0")
+    err = capsys.readouterr().err
+    assert "load" in err and "1/4" in err and "left" in err
+
+
+def test_numbers_for_people():
+    assert [console.size(n) for n in (12, 1_500, 12_345_678, 3.2e12)] == ["12 B", "1.5 kB", "12.3 MB", "3200.0 GB"]
+    assert [console.seconds(s) for s in (0.0123, 3.21, 754, 7322)] == ["12 ms", "3.2 s", "12 min 34 s", "2 h 2 min"]
+
+
+def test_json_has_no_nan(capsys):
+    console.print_json({"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": (1, None)}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": {"d": [1, None]}}
+
+
+def test_help_of_every_command_has_examples(tpvc):
+    from tpvc.compiler.cli import cli
+
+    assert "First steps" in tpvc("--help").stdout
+    for name in cli.commands:
+        result = tpvc(name, "--help")
+        assert result.exit_code == 0
+        assert "--json" in result.stdout
+        assert "Examples:" in result.stdout or name == "demo"
+    assert tpvc().exit_code == 2
+    assert tpvc("--version").stdout.startswith("tpvc, version ")

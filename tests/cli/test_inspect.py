@@ -1,0 +1,40 @@
+"""`tpvc inspect`: facts about a model, an artefact and a folder."""
+
+
+def test_model(ok, tiny_llama):
+    found = ok("inspect", tiny_llama)
+    assert found["facts"]["family"] == "llama"
+    assert found["facts"]["blocks"] == 2
+    assert found["grids"] == {"float32": 15}
+    assert found["operators"]["linear"] == 15
+    assert found["provenance"] is None
+
+
+def test_artefact(ok, artefact, tiny_llama):
+    found = ok("inspect", artefact)
+    assert found["grids"] == {"W4 g32 asymmetric": 14, "W8 per channel symmetric": 1}
+    assert found["provenance"]["source"]["name"] == str(tiny_llama)
+    assert float(found["facts"]["bits a weight, loaded"]) < 16
+
+
+def test_folder(ok, exported):
+    found = ok("inspect", exported)
+    assert found["operators"]["GroupQueryAttention"] == 2
+    assert sum(found["matmulnbits"].values()) == found["operators"]["MatMulNBits"]
+    assert all("accuracy level 0" in layout for layout in found["matmulnbits"] if layout.startswith("4"))
+    assert found["facts"]["context_length"] == 256
+
+
+def test_tables(tpvc, artefact, exported):
+    listed = tpvc("inspect", artefact, "--all")
+    assert listed.exit_code == 0, listed.stderr
+    assert "model.layers.1.mlp.down_proj" in listed.stdout
+    assert "provenance" in listed.stdout
+    assert "MatMulNBits" in tpvc("inspect", exported).stdout
+
+
+def test_bad_input(refused, tmp_path):
+    (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {"filename": "model.onnx"}}}')
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    assert "model.onnx" in refused("inspect", tmp_path)
+    assert "nowhere" in refused("inspect", tmp_path / "nowhere")

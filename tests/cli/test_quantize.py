@@ -1,0 +1,202 @@
+"""`tpvc quantize`: what it leaves behind, and what it refuses."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tpvc.compiler.cli.quantize import grid_options
+from tpvc.compiler.errors import TpvcError
+
+TEXT = "A short line of words about rivers and bridges, with numbers such as 12 and 144. " * 40
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("typed", "grid"),
+    [
+        ((None, None, None, None), (4, None, False)),
+        (("W4A16", None, 128, True), (4, 128, True)),
+        (("w3a16_asym", None, -1, None), (3, -1, False)),
+        (("W8A16", 8, 0, False), (8, 0, False)),
+        ((None, 2, 64, None), (2, 64, False)),
+    ],
+)
+def test_grid_options(typed, grid):
+    assert tuple(grid_options(*typed).values()) == grid
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ((None, 1, None, None), "found 1 bits, expected 2 to 8"),
+        ((None, 9, None, None), "found 9 bits, expected 2 to 8"),
+        (("W1A16", None, None, None), "found 1 bits, expected 2 to 8"),
+        (("W4A8", None, None, None), "unknown scheme 'W4A8'"),
+        (("W4A16", 3, None, None), "contradict"),
+        (("W4A16_ASYM", None, None, True), "contradict"),
+        ((None, None, -2, None), "found group size -2"),
+    ],
+)
+def test_grid_options_refuse(typed, says):
+    with pytest.raises(TpvcError, match=says):
+        grid_options(*typed)
+
+
+def test_rtn_leaves_an_artefact(ok, tiny_llama, tmp_path):
+    found = ok("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)
+    manifest = json.loads((tmp_path / "out" / "tpvc.json").read_text())
+    assert found["manifest"] == manifest
+    assert found["peak_bytes"] > 1e8
+    assert manifest["options"]["bits"] == 4
+    assert {"config.json", "model.safetensors", "report.html", "tokenizer.json"} <= files(tmp_path / "out").keys()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_same_command_same_bytes(ok, tiny_llama, tmp_path):
+    """All but the report, which shows the time that every block took."""
+    for name in ("a", "b"):
+        ok("quantize", tiny_llama, "-o", tmp_path / name, "--method", "rtn", "--bits", 3, "--sym")
+    a, b = files(tmp_path / "a"), files(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name] != b[name]] in ([], ["report.html"])
+
+
+def test_flexround_from_a_text_file(tpvc, tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = ["--dataset", text, "--nsamples", 16, "--seqlen", 16, "--iters", 3, "--bits", 3, "--group-size", 32]
+    result = tpvc("quantize", tiny_llama, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "round-to-nearest" in result.stdout
+    assert str(tmp_path / "out" / "report.html") in result.stdout
+    records = json.loads((tmp_path / "out" / "tpvc.json").read_text())["blocks"]
+    assert len(records) == 2
+    assert all(r["error"] <= r["error_rtn"] * 1.0001 for r in records)
+
+
+def test_missing_model(refused, tmp_path):
+    assert "nowhere" in refused("quantize", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_empty_directory(refused, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "config.json" in refused("quantize", tmp_path / "model", "-o", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_bits_out_of_range(refused, tiny_llama, tmp_path, bits):
+    assert "expected 2 to 8" in refused("quantize", tiny_llama, "-o", tmp_path / "out", "--bits", bits)
+    assert not any(tmp_path.iterdir())
+
+
+def test_group_size_that_does_not_divide_names_those_that_do(refused, tiny_llama, tmp_path):
+    sentence = refused("quantize", tiny_llama, "-o", tmp_path / "out", "--group-size", 48)
+    assert "48" in sentence and "32" in sentence and "64" in sentence
+    assert not any(tmp_path.iterdir())
+
+
+def test_text_too_short(refused, tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Too short.")
+    sentence = refused("quantize", tiny_llama, "-o", tmp_path / "out", "--dataset", text, "--nsamples", 8)
+    assert "token" in sentence
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+def test_output_that_is_not_ours(refused, tiny_llama, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for more in ((), ("--overwrite",)):
+        assert "did not write" in refused("quantize", tiny_llama, "-o", out, "--method", "rtn", *more)
+    assert files(out) == {"thesis.txt": b"years of work"}
+
+
+def test_output_that_is_ours_needs_overwrite(refused, ok, tiny_llama, tmp_path):
+    command = ["quantize", tiny_llama, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32]
+    ok(*command, "--bits", 4)
+    assert "--overwrite" in refused(*command, "--bits", 8)
+    ok(*command, "--bits", 8, "--overwrite")
+    assert json.loads((tmp_path / "out" / "tpvc.json").read_text())["options"]["bits"] == 8
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+
+def full_disk_in_a_library(*_, **__):
+    raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("full", [full_disk, full_disk_in_a_library])
+def test_disk_full(refused, tiny_llama, tmp_path, monkeypatch, full):
+    from tpvc.compiler import pipeline
+
+    monkeypatch.setattr(pipeline.huggingface, "emit", full)
+    sentence = refused("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "rtn")
+    assert "the disk is full" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_device(refused, tiny_llama, tmp_path):
+    command = ["quantize", tiny_llama, "-o", tmp_path / "out", "--dataset", "builtin", "--device", "toaster"]
+    assert "toaster" in refused(*command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_are_one_sentence(refused):
+    assert "--bits" in refused("quantize", "x", "-o", "y", "--bits", "four")
+    assert "--output" in refused("quantize", "x")
+    assert "brew" in refused("brew")
+
+
+def test_interrupt_leaves_nothing_and_the_run_goes_on(tiny_llama, tmp_path):
+    """Ctrl-C in the second of two blocks: exit code 130, one sentence; the same command then ends well."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT)
+    main = [sys.executable, "-P", "-c", "from tpvc.compiler.cli import main; main()"]
+    options = ["--dataset", text, "--nsamples", 16, "--seqlen", 16, "--iters", 200, "--group-size", 32]
+    command = [str(a) for a in [*main, "quantize", tiny_llama, "-o", out, *options]]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = tmp_path / "out.partial" / "blocks" / "block-00000.safetensors"
+    deadline = time.monotonic() + 120
+    while not first.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert stdout == ""
+    assert [x for x in stderr.splitlines() if x.startswith("tpvc: ")] == [
+        "tpvc: interrupted; the same command goes on after the last finished block"
+    ]
+    assert "Traceback" not in stderr
+    assert not out.exists()
+
+    written = first.stat().st_mtime_ns
+    seen = []
+    from tpvc.compiler import pipeline
+
+    pipeline.quantize(
+        str(tiny_llama),
+        out,
+        group=32,
+        steps=200,
+        dataset=str(text),
+        nsamples=16,
+        seqlen=16,
+        progress=lambda *_: seen.append(first.stat().st_mtime_ns if first.exists() else written),
+    )
+    assert (out / "tpvc.json").is_file()
+    assert set(seen) == {written}, "the finished block was computed again"

@@ -1,0 +1,69 @@
+"""`tpvc run`: the same tokens from either runtime."""
+
+PROMPT = "The quick brown fox"
+
+
+def test_both_runtimes_give_the_same_tokens(ok, artefact, exported):
+    options = [PROMPT, "--max-new-tokens", 24, "--threads", 1]
+    reference, runtime = ok("run", artefact, *options), ok("run", exported, *options)
+    assert runtime["engine"] == "ONNX Runtime GenAI"
+    assert reference["engine"] == "torch float32, dequantised"
+    assert runtime["prompt_tokens"] == reference["prompt_tokens"]
+    assert runtime["tokens"] == reference["tokens"]
+
+
+def test_streams_what_json_tells(tpvc, ok, exported):
+    options = ["run", exported, PROMPT, "--max-new-tokens", 12, "--raw"]
+    result = tpvc(*options)
+    assert result.exit_code == 0
+    assert result.stdout.encode() == (ok(*options)["text"] + "\n").encode()
+
+
+def test_the_template_is_applied_unless_raw(ok, exported):
+    told = ok("run", exported, PROMPT, "--max-new-tokens", 1)["prompt_tokens"]
+    raw = ok("run", exported, PROMPT, "--max-new-tokens", 1, "--raw")["prompt_tokens"]
+    assert told > raw
+
+
+def test_a_seed_repeats_a_draw(ok, artefact, exported):
+    for target in (artefact, exported):
+        options = ["run", target, PROMPT, "--max-new-tokens", 16, "--temperature", 1.5]
+        same, again, other = (ok(*options, "--seed", seed)["tokens"] for seed in (1, 1, 2))
+        assert same == again
+        assert same != other
+
+
+def test_prompt_from_standard_input(ok, exported):
+    piped = ok("run", exported, "--max-new-tokens", 4, input=PROMPT + "\n")
+    assert piped["tokens"] == ok("run", exported, PROMPT, "--max-new-tokens", 4)["tokens"]
+
+
+def test_chat_keeps_what_was_said(tpvc, exported, monkeypatch):
+    from tpvc.compiler.cli import console
+
+    monkeypatch.setattr(console, "interactive", lambda: True)
+    result = tpvc("run", exported, "--max-new-tokens", 4, input="Hello\n\nAnd again\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("> ") == 4  # two questions, an empty line, the end
+
+
+def test_stops_at_the_end_of_the_context(ok, exported):
+    found = ok("run", exported, PROMPT, "--raw", "--max-new-tokens", 100000)
+    assert found["prompt_tokens"] + found["new_tokens"] <= 256
+
+
+def test_bad_input(refused, exported, tmp_path):
+    assert "no prompt" in refused("run", exported, input="")
+    assert "nowhere" in refused("run", tmp_path / "nowhere", PROMPT)
+    assert "context" in refused("run", exported, PROMPT * 200)
+    (tmp_path / "genai_config.json").write_text("{}")
+    assert "GenAI" in refused("run", tmp_path, PROMPT)
+
+
+def test_model_without_a_template(refused, tiny_llama, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (model / "chat_template.jinja").unlink()
+    assert "--raw" in refused("run", model, PROMPT)

@@ -1,0 +1,77 @@
+"""The two runtimes behind `Engine`: text in pieces, room in the context, sizes."""
+
+import json
+
+import pytest
+
+from tpvc.compiler import chat
+from tpvc.compiler.errors import TpvcError
+
+TEXT = "Wer früh aufsteht, sieht Ѩ 日本 🦊 and more."
+
+
+def pieces(decode, ids):
+    return [decode(i) for i in ids]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory, tiny_llama):
+    from tpvc.compiler.pipeline import export
+
+    out = tmp_path_factory.mktemp("chat") / "onnx"
+    export(tiny_llama, out)
+    return chat.open_engine(str(tiny_llama), 1), chat.open_engine(str(out), 1)
+
+
+def test_streamed_pieces_make_the_text(engines):
+    """No piece holds half a character, though the tokenizer's tokens do."""
+    for engine in engines:
+        ids = engine.encode(TEXT)
+        parts = pieces(engine.decoder(), ids)
+        assert "".join(parts) == TEXT
+        assert len(ids) > len(TEXT) / 2
+        assert not any("\ufffd" in p for p in parts)
+
+
+def test_both_encode_alike(engines):
+    a, b = engines
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "x"}]
+    assert a.encode(TEXT) == b.encode(TEXT)
+    assert a.encode(messages) == b.encode(messages)
+
+
+def test_facts_agree(engines, tiny_llama):
+    a, b = engines
+    assert (a.vocab_size, a.context_length) == (b.vocab_size, b.context_length) == (384, 256)
+    assert a.size == (tiny_llama / "model.safetensors").stat().st_size
+    assert abs(a.size - b.size) < 1e5
+
+
+def test_logits_agree(engines):
+    """Both are the float model: what differs is the order of sums of up to 128 float32 terms, three in each block."""
+    import numpy as np
+
+    a, b = (engine.logits(engines[0].encode(TEXT)) for engine in engines)
+    assert a.shape == b.shape
+    assert np.abs(a - b).max() < 128 * 6 * np.finfo(np.float32).eps * np.abs(a).max()
+
+
+def test_an_unstopped_run_gives_every_token(engines):
+    for engine in engines:
+        assert len(list(engine.generate([5, 6, 7], 40, stop=False))) == 40
+
+
+def test_room(engines):
+    engine = engines[0]
+    assert chat.room(engine, [1] * 10, 20) == 20
+    assert chat.room(engine, [1] * 250, 20) == 6
+    with pytest.raises(TpvcError, match="context holds 256"):
+        chat.room(engine, [1] * 256, 1)
+    with pytest.raises(TpvcError, match="empty"):
+        chat.room(engine, [], 1)
+
+
+def test_a_folder_that_is_not_one(tmp_path):
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "llama"}}))
+    with pytest.raises(TpvcError, match="GenAI cannot load"):
+        chat.open_engine(str(tmp_path))
