@@ -26,8 +26,8 @@ def measure(target: str | Path, test: Path, reference: str) -> dict:
     program, original = frontends.load(target), frontends.load(reference)
     tokens = evaluate.text_windows(test, frontends.tokenizer(program), 40, 512)
     result = evaluate.perplexity(program, tokens, interpret.in_memory(program))
-    kl, agreement = evaluate.divergence(program, original, tokens[:8])
-    return {"perplexity": result.value, "stderr": result.stderr, "kl": kl, "top1": agreement}
+    distance = evaluate.divergence(program, original, tokens[:8])
+    return {"perplexity": result.value, "stderr": result.stderr, "kl": distance.kl, "top1": distance.top1}
 
 
 def main() -> None:

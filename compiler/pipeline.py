@@ -86,7 +86,7 @@ def quantize(
         options |= {"seed": seed, "device": device}
 
     with published(out, overwrite, resumable=True) as work:
-        store = BlockStore.open(work / "blocks", _fingerprint(program, options, calibration))
+        store = BlockStore.open(work / "blocks", _fingerprint(program, options, calibration), replace=overwrite)
         passes = _passes(program, grid, options, chosen, calibration, store, progress)
         rounded = program
         for rounding in passes:
@@ -233,10 +233,10 @@ def _manifest(
 def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
     """What a resumed run must share with the interrupted one."""
     return {
+        **options,
         "source": dict(program.source.files),
-        "options": options,
-        "calibration": None if calibration is None else calibration.origin,
-        "versions": _versions("tpvc", "torch"),
+        "calibration": None if calibration is None else calibration.origin["sha256"],
+        "versions": _versions("torch"),
     }
 
 

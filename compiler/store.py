@@ -35,20 +35,25 @@ class BlockStore:
         self.directory = Path(directory)
 
     @classmethod
-    def open(cls, directory: Path, fingerprint: dict) -> BlockStore:
-        """Begin or go on with the run described by `fingerprint` (JSON-able); TpvcError where another one is there."""
+    def open(cls, directory: Path, fingerprint: dict, replace: bool = False) -> BlockStore:
+        """Begin or go on with the run described by `fingerprint` (JSON-able).
+
+        Where another run is there it is removed with `replace`, and else TpvcError says what differs.
+        """
         directory = Path(directory)
         path = directory / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         with _explained(path):
             directory.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and not (replace and _other(path, wanted)):
             found = _read_json(path)
             differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
             if differing:
                 there = ", ".join(f"{k} is {_short(found.get(k))}, not {_short(wanted.get(k))}" for k in differing)
-                raise TpvcError(f"'{directory}' holds another unfinished run ({there}); repeat that or overwrite it")
+                raise TpvcError(f"'{directory}' holds another unfinished run ({there}); repeat that or add --overwrite")
         else:
+            for old in directory.glob("*.safetensors"):
+                old.unlink()
             with _replacing(path) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return cls(directory)
@@ -162,6 +167,14 @@ def _read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise TpvcError(f"'{path}' is damaged, so it is unknown what run this is; overwrite it")
     return found
+
+
+def _other(path: Path, wanted: dict) -> bool:
+    """Is the run at `path` another one than `wanted`, or damaged?"""
+    try:
+        return _read_json(path) != wanted
+    except TpvcError:
+        return True
 
 
 def _short(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
     from tpvc.compiler.cli.bench import rows_table
     from tpvc.compiler.cli.eval import measure, open_subject, results_table, windows_of
     from tpvc.compiler.cli.run import reply
-    from tpvc.compiler.frontends import demo
+    from tpvc.compiler.frontends import demo, load
     from tpvc.compiler.pipeline import export, quantize
 
     start = time.perf_counter()
@@ -69,6 +70,8 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
     with console.Bars() as bars:
         chapter(1, "A language model: SmolLM2-135M-Instruct")
         story.print(f"   {demo.fetch(bars)}")
+    count = sum(prod(p.shape) for p in load(MODEL).params.values())
+    story.print(f"   {count:,} weights, which are {console.size(4 * count)} in float32, as tpvc reads them")
 
     chapter(2, "Quantise its blocks to 4 bits, 64 weights sharing a scale")
     with console.Bars() as bars:

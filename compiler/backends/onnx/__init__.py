@@ -76,6 +76,7 @@ def _write(
 ) -> None:
     """model.onnx and its data: one node after the other, those that went into an earlier one left out."""
     import onnx_ir as ir
+
     from tpvc.compiler.backends.onnx.genai import last_token
     from tpvc.compiler.backends.onnx.graph import Graph
     from tpvc.compiler.backends.onnx.standard import Context

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
 from tpvc.compiler.program import Node, Program, grid_of
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import torch
+
 from tpvc.compiler.backends.onnx import standard, weights
 from tpvc.compiler.backends.onnx.fusions import AttentionPlan, Projection
 from tpvc.compiler.backends.onnx.graph import MICROSOFT

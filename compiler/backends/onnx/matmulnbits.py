@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from tpvc.compiler.program import Grid, QTensor
 
 BLOCKS = (128, 64, 32, 16)
@@ -120,7 +121,7 @@ def unpack(packed: Packed, grid: Grid) -> QTensor:
     else:
         zero = from_bits(packed.zeros, layout.bits, layout.blocks)[:, ::repeat]
     scale = packed.scales[:, ::repeat]
-    tensors = (None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in (codes, scale, zero))
+    tensors = (None if a is None else torch.from_numpy(np.array(a)) for a in (codes, scale, zero))
     return QTensor(*tensors, grid)
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+
 from tpvc.compiler.backends.onnx import weights
 from tpvc.compiler.backends.onnx.fusions import NOTHING, Plan, features, head_dim
 from tpvc.compiler.backends.onnx.graph import Graph
-from tpvc.compiler.program import Node, Program, QTensor, dense, read
+from tpvc.compiler.program import Node, Program, dense, grid_of, read
 
 LAST = np.iinfo(np.int64).max
 
@@ -56,10 +57,10 @@ def _numpy(name: str, c: Context) -> np.ndarray:
 def embed(c: Context, node: Node) -> ir.Value:
     """Gather; an integer table is gathered as bytes and dequantised row by row."""
     ids, name = ids_of(c, node), node.params["weight"]
-    value = read(c.program.params[name])
     g = c.graph
-    if not isinstance(value, QTensor):
+    if grid_of(c.program.params[name]) is None:
         return g.op("Gather", float_table(c, name), ids, name=node.name, axis=0)
+    value = read(c.program.params[name])
     rows, groups = value.shape[0], value.scale.shape[1]
 
     def table(kind: str, tensor: torch.Tensor) -> ir.Value:
@@ -95,13 +96,13 @@ def shared_with_embedding(c: Context, name: str) -> bool:
 def linear(c: Context, node: Node) -> ir.Value:
     """DequantizeLinear of codes stored [K, N], MatMul, Add: the form that ONNX Runtime turns into MatMulNBits."""
     g, name = c.graph, node.params["weight"]
-    value = read(c.program.params[name])
-    if isinstance(value, QTensor):
-        matrix = g.once(("dequantised", name), lambda: weights.dequantize_linear(g, name, value))
+    parameter = c.program.params[name]
+    if grid_of(parameter) is not None:
+        matrix = g.once(("dequantised", name), lambda: weights.dequantize_linear(g, name, read(parameter)))
     elif shared_with_embedding(c, name):
         matrix = g.op("Transpose", float_table(c, name), name=node.name, perm=[1, 0])
     else:
-        matrix = g.once(("matrix", name), lambda: g.weight(name, value.float().numpy().T))
+        matrix = g.once(("matrix", name), lambda: g.weight(f"{name}.transposed", dense(parameter).numpy().T))
     out = g.op("MatMul", value_of(c, node.inputs[0]), matrix, name=node.name)
     return out if "bias" not in node.params else g.op("Add", out, c.vector(node.params["bias"]), name=node.name)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import torch
+
 from tpvc.compiler.backends.onnx.graph import Graph
 from tpvc.compiler.backends.onnx.matmulnbits import Packed, layout_of, pack, to_bits
 from tpvc.compiler.program import QTensor

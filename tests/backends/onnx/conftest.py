@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.program import Grid, Program, QTensor, linears
 

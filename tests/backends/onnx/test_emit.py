@@ -7,9 +7,10 @@ import onnx
 import onnxruntime_genai as og
 import pytest
 import torch
+
 from tpvc.compiler.backends.onnx import emit
 from tpvc.compiler.interpret import generate, in_memory, logits
-from tpvc.compiler.program import Grid, Lazy, grid_of
+from tpvc.compiler.program import Grid, Lazy, dense, grid_of, linears
 
 GRIDS = {
     "llama": (Grid(4, 64, False), Grid(8, -1, True)),
@@ -26,6 +27,16 @@ GRIDS = {
     "gpt_neox": (Grid(3, 64, False), Grid(8, -1, True)),
     "gpt_neox-odd-rotation": (Grid(4, 0, False), Grid(8, -1, False)),
 }
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "Water boils at",
+    "Dear Sir,",
+    "2 + 2 =",
+    "The three primary colours are",
+    "In the year 1969",
+)
 PROMPT = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -53,9 +64,9 @@ def test_prefill_and_decode_in_onnxruntime(family, tiny, tmp_path):
 def test_int8_activations_cost_what_is_stated(family, tiny, tmp_path):
     """accuracy_level 4 rounds the input of every integer product to int8, block by block.
 
-    The largest of 16 to 128 normal values is about 2.6 of their rms, so the rounding error is 2.6 / 127 / sqrt(12) = 0.6 %
-    of it; independent errors of the 4 products of a layer that follow each other and of the head add up by squares.
-    Products of two activations have longer tails than normal values: a factor of 3.
+    The largest of 16 to 128 normal values is about 2.6 of their rms, so the rounding error is 2.6 / 127 / sqrt(12), or
+    0.6 % of it; independent errors of the 4 products of a layer that follow each other and of the head add up by
+    squares. Products of two activations have longer tails than normal values: a factor of 3.
     """
     program = tiny.build(family, *GRIDS[family])
     emit(program, tmp_path, None, all_logits=True)
@@ -116,8 +127,7 @@ def test_greedy_tokens_in_genai(family, tiny, tmp_path):
     assert (best[:, 0] - best[:, 1]).min() > 2 * tiny.tolerance(scores), "a near tie: choose another seed"
     first, (sequence,) = run_genai(tmp_path, PROMPT.tolist(), 32)
     assert (first[0] - scores[11]).abs().max() <= tiny.tolerance(scores)
-    assert sequence[12 : 12 + len(expected)] == expected
-    assert len(expected) == 32 or sequence[12 + len(expected)] in program.facts.eos
+    assert sequence[12:] == expected
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "llama-odd-heads"])
@@ -164,9 +174,7 @@ def test_grids(bits, group, symmetric, tiny, tmp_path):
 def test_lazy_parameters_and_equal_bytes(tiny, tmp_path):
     """Parameters that lie in files are read when they are written; the same program gives the same bytes."""
     program = tiny.build("qwen2", *GRIDS["qwen2"])
-    lazy = {
-        n: Lazy(tuple(p.shape), torch.float32, lambda p=p: p, grid_of(p)) for n, p in program.params.items()
-    }  # fmt: skip
+    lazy = {n: Lazy(tuple(p.shape), torch.float32, lambda p=p: p, grid_of(p)) for n, p in program.params.items()}
     for name, given in (("a", program), ("b", program.with_params(lazy))):
         (tmp_path / name).mkdir()
         emit(given, tmp_path / name, None)
@@ -197,22 +205,19 @@ def test_tokenizer_in_genai(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_demo_model_in_genai(tiny, tmp_path):
-    """64 greedy tokens for each of 8 prompts, the weights rounded to 4 bits and the head to 8, float32 sums."""
+    """64 greedy tokens after each of 8 prompts, the weights rounded to 4 bits and the head to 8, float32 sums."""
     from tpvc.compiler import frontends
 
     program = frontends.load("smollm2-135m")
     tokenizer = frontends.tokenizer(program)
-    grids = {n.params["weight"]: Grid(4, 64, False) if n.block is not None else Grid(8, -1, True)
-             for n in program.nodes if n.op == "linear"}  # fmt: skip
-    from tpvc.compiler.program import dense
-
-    program = program.with_params(
-        {name: tiny.round_to_nearest(dense(program.params[name]), grid) for name, grid in grids.items()}
-    )
+    rounded = {}
+    for node in linears(program.nodes):
+        grid, name = Grid(4, 64, False) if node.block is not None else Grid(8, -1, True), node.params["weight"]
+        rounded[name] = tiny.round_to_nearest(dense(program.params[name]), grid)
+    program = program.with_params(rounded)
     emit(program, tmp_path, tokenizer, accuracy_level=0)
     model, weight = og.Model(str(tmp_path)), in_memory(program)
-    for prompt in ("The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "Dear Sir,",
-                   "2 + 2 =", "The three primary colours are", "In the year 1969"):  # fmt: skip
+    for prompt in PROMPTS:
         ids = tokenizer.encode(prompt)
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=len(ids) + 64)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+
 from tpvc.compiler.backends.onnx.matmulnbits import BLOCKS, CONTAINER, from_bits, layout_of, pack, to_bits, unpack
 from tpvc.compiler.program import Grid, QTensor
 

@@ -1,0 +1,73 @@
+"""Decode speed and perplexity of our ONNX folder beside the one that onnxruntime-genai's own builder makes, and torch.
+
+    python benchmarks/cpu_decode.py ARTEFACT... --text WIKITEXT2_TEST.txt -o cpu_decode
+
+Each ARTEFACT is a directory that `tpvc quantize` made from MODEL. From the same float checkpoint the builder makes its
+default int4 CPU folder. All of them and torch float32 are then measured in one run, turn by turn; perplexity is what each
+folder's own runtime computes on the first 40 windows of 512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import tpvc
+from tpvc.compiler import frontends
+from tpvc.compiler.backends import huggingface
+from tpvc.compiler.bench import bench, chart
+from tpvc.compiler.cli.eval import measure, open_subject, windows_of
+
+
+def builder_folder(model: str, out: Path) -> Path:
+    """The builder's own int4 CPU folder of the float model."""
+    folder, float_dir = out / "builder-int4", out / "float32"
+    if not folder.exists():
+        program = frontends.load(model)
+        if not float_dir.exists():
+            float_dir.mkdir(parents=True)
+            huggingface.emit(program, float_dir, frontends.tokenizer(program), {})
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", float_dir, "-o", folder]
+        command += ["-p", "int4", "-e", "cpu", "-c", out / "cache"]
+        subprocess.run([str(c) for c in command], check=True, capture_output=True)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artefacts", nargs="*")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path, default=Path("cpu_decode"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=7)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    targets = [args.model, str(builder_folder(args.model, args.out))]
+    for artefact in args.artefacts:
+        folder = args.out / f"{Path(artefact).name}-onnx"
+        targets.append(str(tpvc.export(artefact, folder, overwrite=True)))
+    rows = bench(targets, prompt_tokens=128, new_tokens=64, runs=args.runs, threads=args.threads)
+    original = open_subject(args.model, args.threads)
+    tokens = windows_of(original, args.text, 40, 512)
+    found = []
+    for row in rows:
+        quality = measure(open_subject(row.target, args.threads), original, tokens, lambda *_: None)
+        found.append({**asdict(row), **quality})
+        ratio = row.decode / rows[0].decode, row.decode / rows[1].decode
+        print(
+            f"{row.target:40} decode {row.decode:7.1f} tok/s ({ratio[0]:.2f} x torch, {ratio[1]:.2f} x builder)"
+            f"  prefill {row.prefill:7.1f}  {row.size / 1e6:6.1f} MB  {json.dumps(quality)}",
+            flush=True,
+        )
+    (args.out / "results.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+    chart(rows, args.out / "bench.png")
+
+
+if __name__ == "__main__":
+    main()

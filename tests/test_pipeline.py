@@ -1,0 +1,126 @@
+"""The whole road on a tiny Llama: what lies in the artefact, resuming after a kill, other runs refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import tpvc
+from tpvc.compiler import frontends
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.pipeline import default_group, export, quantize
+from tpvc.compiler.program import grid_of, linears
+
+OPTIONS = {"bits": 3, "group": 32, "steps": 12, "nsamples": 16, "seqlen": 32, "dataset": "self"}
+SCRIPT = """
+import sys
+from tpvc.compiler.pipeline import quantize
+def say(stage, done, total, note):
+    print(stage, done, flush=True)
+quantize(sys.argv[1], sys.argv[2], progress=say, **{options})
+"""
+
+
+def bytes_of(directory):
+    """Every file but the report, which tells seconds."""
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != "report.html"}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory):
+    return quantize(tiny_llama, tmp_path_factory.mktemp("whole") / "out", **OPTIONS)
+
+
+def test_the_artefact_tells_what_was_done(whole, tiny_llama):
+    manifest = json.loads((whole / "tpvc.json").read_text())
+    assert manifest["options"]["bits"] == 3 and manifest["options"]["group"] == 32
+    assert len(manifest["blocks"]) == 2
+    for block in manifest["blocks"]:
+        assert block["error"] < block["error_rtn"]
+        assert len(block["linears"]) == 7
+    assert manifest["calibration"]["tokens"] == 16 * 32
+    assert manifest["head"] == {"name": "lm_head", "parameter": "lm_head.weight", "bits": 8, "tied": False}
+    assert "seconds" not in (whole / "tpvc.json").read_text()
+    assert set(manifest["source"]["files"]) == {"model.safetensors"}
+    assert (whole / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_artefact_loads_into_the_program_that_was_rounded(whole):
+    program = frontends.load(whole)
+    for node in linears(program.nodes):
+        grid = grid_of(program.params[node.params["weight"]])
+        assert (grid.bits, grid.group) == ((8, -1) if node.block is None else (3, 32))
+
+
+@pytest.mark.parametrize("after", ["FlexRound 1", "FlexRound 2", "round to nearest 1", "write 0"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(whole, tiny_llama, tmp_path, after):
+    out = tmp_path / "out"
+    code = SCRIPT.replace("{options}", repr(OPTIONS))
+    run = subprocess.Popen([sys.executable, "-c", code, tiny_llama, out], stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.strip() == after:
+            run.kill()
+            break
+    run.wait()
+    assert run.returncode == -9, "the run must be killed before it ends"
+    assert not out.exists()
+    seen = []
+    quantize(tiny_llama, out, progress=lambda stage, done, total, note: seen.append((stage, done)), **OPTIONS)
+    if after == "FlexRound 1":
+        assert ("FlexRound", 0) not in seen, "the first block must not be computed again"
+    assert bytes_of(out) == bytes_of(whole)
+    assert not out.with_name("out.partial").exists()
+
+
+def test_another_run_does_not_go_on_where_one_stopped(tiny_llama, tmp_path):
+    out = tmp_path / "out"
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total, note):
+        if (stage, done) == ("FlexRound", 1):
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(tiny_llama, out, progress=stop, **OPTIONS)
+    with pytest.raises(TpvcError, match=r"bits.*4"):
+        quantize(tiny_llama, out, **{**OPTIONS, "bits": 4})
+    quantize(tiny_llama, out, **{**OPTIONS, "bits": 4}, overwrite=True)
+    assert json.loads((out / "tpvc.json").read_text())["options"]["bits"] == 4
+
+
+def test_a_failed_export_leaves_nothing(whole, tmp_path, monkeypatch):
+    from tpvc.compiler.backends import onnx
+
+    def fail(program, directory, *args, **options):
+        (directory / "model.onnx").write_bytes(b"half")
+        raise TpvcError("no")
+
+    monkeypatch.setattr(onnx, "emit", fail)
+    with pytest.raises(TpvcError):
+        export(whole, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_group_divides_every_weight(tiny_llama):
+    assert default_group(tpvc.load(tiny_llama)) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "gptq"}, "expected flexround or rtn"),
+        ({"recipe": "slow"}, "fast, default, best, paper"),
+        ({"head_bits": 1}, "head bits is 1"),
+        ({"seqlen": 1}, "windows of 1 token"),
+        ({"group": 48}, "32, 64"),
+        ({"bits": 9}, "2 to 8"),
+    ],
+)
+def test_bad_options_are_one_sentence_before_any_work(tiny_llama, tmp_path, options, says):
+    with pytest.raises(TpvcError) as error:
+        quantize(tiny_llama, tmp_path / "out", **options)
+    assert says in str(error.value)
+    assert list(tmp_path.iterdir()) == []
