@@ -3,8 +3,8 @@
     python benchmarks/cpu_decode.py ARTEFACT... --text WIKITEXT2_TEST.txt -o cpu_decode
 
 Each ARTEFACT is a directory that `tpvc quantize` made from MODEL. From the same float checkpoint the builder makes its
-default int4 CPU folder. All of them and torch float32 are then measured in one run, turn by turn; perplexity is what each
-folder's own runtime computes on the first 40 windows of 512 tokens.
+default int4 CPU folder. All of them and torch float32 are then measured in one run, turn by turn; perplexity is what
+each folder's own runtime computes on the first 40 windows of 512 tokens.
 """
 
 from __future__ import annotations

@@ -2,4 +2,4 @@
 
 
 class TpvcError(Exception):
-    """Bad input: one sentence saying what was found, what was expected and what to do. The command line exits with 2."""
+    """Bad input: one sentence saying what was found, what was expected and what to do; exit code 2."""

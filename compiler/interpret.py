@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
 from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import Node, Program, QTensor, dense, read
 

@@ -48,7 +48,7 @@ def quantize(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Quantise `model` block by block into the directory `out`, a checkpoint that transformers and vLLM load as it is.
+    """Quantise `model` block by block into the directory `out`, a checkpoint that transformers loads as it stands.
 
     bits, group, symmetric  the grid of the block linears: 2..8; columns per scale, -1 per channel, 0 per tensor, None:
                             the largest of 128, 64, 32 that divides every weight
@@ -110,34 +110,42 @@ def export(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Write `artefact` (or any MODEL, in float) as a folder that stock ONNX Runtime GenAI runs.
+    """Write `artefact` (or any MODEL, in float) for a runtime.
 
+    to              "onnx": a folder that stock ONNX Runtime GenAI runs; "vllm": the same checkpoint with zero points
+                    and a tied head laid out as vLLM expects, which transformers cannot read
     accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
     portable        also write a twin in standard ONNX operators
     """
-    from tpvc.compiler.backends import onnx
-
     out = Path(out)
-    if to != "onnx":
-        raise TpvcError(f"export target is '{to}'; expected onnx")
+    if to not in ("onnx", "vllm"):
+        raise TpvcError(f"export target is '{to}'; expected onnx or vllm")
     if accuracy_level not in (0, 1, 2, 3, 4):
         raise TpvcError(f"accuracy level is {accuracy_level}; expected 0 (float32) to 4 (int8 activations)")
     check_free(out, overwrite)
     progress("export", 0, 1, str(artefact))
     program = frontends.load(artefact)
     tokenizer = frontends.tokenizer(program)
+    manifest = {
+        "tpvc": tpvc.__version__,
+        "artefact": to,
+        "source": {"name": program.source.name, "files": dict(program.source.files)},
+        "options": {"to": to},
+    }
     with published(out, overwrite) as work:
         folder = work / "artefact"
-        onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
-        manifest = {
-            "tpvc": tpvc.__version__,
-            "artefact": "onnx",
-            "source": {"name": program.source.name, "files": dict(program.source.files)},
-            "options": {"to": to, "portable": portable, "accuracy_level": accuracy_level},
-            "files": {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()},
-            "versions": _versions("onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir"),
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        if to == "vllm":
+            huggingface.emit(program, folder, tokenizer, manifest, runtime="vllm")
+        else:
+            from tpvc.compiler.backends import onnx
+
+            onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
+            manifest["options"] |= {"portable": portable, "accuracy_level": accuracy_level}
+            manifest["files"] = {
+                p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
+            }
+            manifest["versions"] = _versions("onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     progress("export", 1, 1, str(out))
     return out
 

@@ -22,7 +22,11 @@ def test_positions_do_not_count_padding():
 def test_attention_is_its_definition(window, softcap):
     """One query at a time in float64, from the sentence in the docstring."""
     heads, kv_heads, d, length = 4, 2, 3, 7
-    q, k, v = random(2, length, heads * d), random(2, length, kv_heads * d, seed=1), random(2, length, kv_heads * d, seed=2)
+    q, k, v = (
+        random(2, length, heads * d),
+        random(2, length, kv_heads * d, seed=1),
+        random(2, length, kv_heads * d, seed=2),
+    )
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[1, :2] = False
     out, _ = ops.attention(q, k, v, mask, heads=heads, kv_heads=kv_heads, scale=0.5, window=window, softcap=softcap)

@@ -76,7 +76,7 @@ def _about_the_machine(error: Exception) -> str | None:
     epilog="""\b
 First steps:
   tpvc demo                                             the whole way, on a small model
-  tpvc quantize ./Llama-3.2-1B -o llama-w4              a folder that transformers and vLLM load
+  tpvc quantize ./Llama-3.2-1B -o llama-w4              a folder that transformers loads
   tpvc export llama-w4 --to onnx -o llama-onnx          a folder that ONNX Runtime GenAI runs
   tpvc run llama-onnx "Why is the sky blue?"
   tpvc bench llama-onnx ./Llama-3.2-1B                  speed, memory and size, side by side

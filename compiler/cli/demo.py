@@ -22,7 +22,7 @@ GRID = {"bits": 4, "group": 64, "symmetric": False}
     "demo",
     epilog="""\b
 It leaves behind, under the folder given with -o:
-  w4/       the quantised checkpoint (transformers and vLLM load it), tpvc.json, report.html
+  w4/       the quantised checkpoint (transformers loads it), tpvc.json, report.html
   w4-rtn/   the same grid, rounded to nearest: the baseline
   onnx/     w4 for ONNX Runtime GenAI
   bench.png speed, memory and size beside the float original

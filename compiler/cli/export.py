@@ -18,13 +18,19 @@ Examples:
   tpvc export smollm2-w4 --to onnx -o smollm2-exact --portable --accuracy-level 0
 
 \b
-The folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
+An onnx folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
 key/value buffer). Accuracy level 4 rounds activations to 8 bits inside each product and is
 the fast one on CPUs; level 0 computes in float32 and gives the interpreter's tokens.
+
+\b
+A vllm folder holds the same integers as the artefact, with asymmetric zero points packed and a
+tied head untied, as vLLM's loader expects and transformers refuses.
 """,
 )
 @click.argument("artefact")
-@click.option("--to", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="The runtime's format.")
+@click.option(
+    "--to", type=click.Choice(["onnx", "vllm"]), default="onnx", show_default=True, help="The runtime's format."
+)
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--portable", is_flag=True, help="Add portable/: standard ONNX operators only, for other runtimes.")
 @click.option(
@@ -60,4 +66,5 @@ def command(
     show(f"[bold]{out}[/] written in {console.seconds(took)}")
     for name, count in files.items():
         show(f"  {console.size(count):>9}  {name}")
-    show(f'  next: tpvc run {out} "Hello"    or    tpvc bench {out} {artefact}')
+    if to == "onnx":
+        show(f'  next: tpvc run {out} "Hello"    or    tpvc bench {out} {artefact}')

@@ -138,7 +138,7 @@ def _provenance(show: Any, manifest: dict[str, Any]) -> None:
     show("\n[bold]provenance[/]")
     show(f"  made by tpvc {manifest.get('tpvc')} from {manifest.get('source', {}).get('name')}", markup=False)
     if manifest.get("passes"):
-        names = [p if isinstance(p, str) else p["name"] for p in manifest["passes"]]
+        names = [f"{p['name']} ({p['grid']})" for p in manifest["passes"]]
         show(f"  passes: {', '.join(names)}", markup=False)
     show(f"  options: {', '.join(f'{k}={v}' for k, v in manifest.get('options', {}).items())}", markup=False)
     for name, value in (manifest.get("calibration") or {}).items():

@@ -65,8 +65,8 @@ Examples:
   tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
 
 \b
-OUT is a checkpoint that transformers and vLLM load as it stands (compressed-tensors), with
-tpvc.json (what was done, to what, with which hashes) and report.html (error of every block).
+OUT is a checkpoint that transformers loads as it stands (compressed-tensors), with tpvc.json
+(what was done, to what, with which hashes) and report.html (error of every block).
 A run that was interrupted goes on after its last finished block when the same command is
 given again; the same command gives the same bytes.
 """,

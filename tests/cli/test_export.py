@@ -29,6 +29,22 @@ def test_a_float_model_is_exported_in_float(ok, tiny_llama, tmp_path):
     assert ok("inspect", tmp_path / "onnx")["matmulnbits"] == {}
 
 
+def test_the_vllm_layout_holds_the_same_integers(ok, artefact, tmp_path):
+    import torch
+
+    from tpvc.compiler import frontends
+    from tpvc.compiler.program import grid_of, read
+
+    ok("export", artefact, "-o", tmp_path / "vllm", "--to", "vllm")
+    ours, theirs = frontends.load(artefact), frontends.load(tmp_path / "vllm")
+    integers = [n for n, p in ours.params.items() if grid_of(p)]
+    assert len(integers) == 15
+    for name in integers:
+        a, b = read(ours.params[name]), read(theirs.params[name])
+        assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
+        assert a.zero is None if b.zero is None else torch.equal(a.zero, b.zero)
+
+
 def test_output_that_is_not_ours(refused, artefact, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "did not write" in refused("export", artefact, "-o", tmp_path, "--overwrite")
