@@ -19,8 +19,8 @@ from tpvc.compiler import frontends, report
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import MANIFEST, check_free, published
-from tpvc.compiler.program import Grid, Program, grid_of, linears
+from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_free, published
+from tpvc.compiler.program import Grid, Node, Program, grid_of, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
@@ -86,16 +86,16 @@ def quantize(
         options |= {"seed": seed, "device": device}
 
     with published(out, overwrite, resumable=True) as work:
-        store = BlockStore.open(work / "blocks", _fingerprint(program, options, calibration), replace=overwrite)
+        store = BlockStore.open(work / BLOCKS, _fingerprint(program, options, calibration), replace=overwrite)
         passes = _passes(program, grid, options, chosen, calibration, store, progress)
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
         manifest, timings = _manifest(program, rounded, store, options, calibration, passes)
         progress("write", 0, 1, str(out))
-        huggingface.emit(rounded, work / "artefact", tokenizer, manifest)
-        manifest = json.loads((work / "artefact" / MANIFEST).read_text(encoding="utf-8"))
-        report.write(work / "artefact" / "report.html", manifest, timings)
+        huggingface.emit(rounded, work / ARTEFACT, tokenizer, manifest)
+        manifest = json.loads((work / ARTEFACT / MANIFEST).read_text(encoding="utf-8"))
+        report.write(work / ARTEFACT / "report.html", manifest, timings)
         progress("write", 1, 1, str(out))
     return out
 
@@ -120,8 +120,8 @@ def export(
     out = Path(out)
     if to not in ("onnx", "vllm"):
         raise TpvcError(f"export target is '{to}'; expected onnx or vllm")
-    if accuracy_level not in (0, 1, 2, 3, 4):
-        raise TpvcError(f"accuracy level is {accuracy_level}; expected 0 (float32) to 4 (int8 activations)")
+    if portable and to != "onnx":
+        raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
     check_free(out, overwrite)
     progress("export", 0, 1, str(artefact))
     program = frontends.load(artefact)
@@ -133,7 +133,7 @@ def export(
         "options": {"to": to},
     }
     with published(out, overwrite) as work:
-        folder = work / "artefact"
+        folder = work / ARTEFACT
         if to == "vllm":
             huggingface.emit(program, folder, tokenizer, manifest, runtime="vllm")
         else:
@@ -212,7 +212,7 @@ def _manifest(
     timings = [r.pop("seconds", 0.0) for r in records]
     head = linears(program.epilogue)[-1]
     head_grid = grid_of(rounded.params[head.params["weight"]])
-    kept = [n.name for n in linears(rounded.nodes) if grid_of(rounded.params[n.params["weight"]]) is None]
+    kept = [n for n in linears(rounded.nodes) if grid_of(rounded.params[n.params["weight"]]) is None]
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": "checkpoint",
@@ -231,11 +231,17 @@ def _manifest(
             "bits": head_grid.bits if head_grid else 16,
             "tied": any(n.op == "embed" and n.params["weight"] == head.params["weight"] for n in program.nodes),
         },
-        "left_in_float": [{"name": n, "why": "the head was kept in float (--head-bits 16)"} for n in kept],
+        "left_in_float": [{"name": n.name, "why": _why_float(program, n)} for n in kept],
         "size": {"float_bytes": sum(math.prod(p.shape) * p.dtype.itemsize for p in program.params.values())},
         "versions": _versions("torch", "transformers", "safetensors", "compressed-tensors"),
     }
     return manifest, timings
+
+
+def _why_float(program: Program, node: Node) -> str:
+    if node in program.prologue:
+        return "it stands before the first block"
+    return "what follows the last block was kept in float (--head-bits 16)"
 
 
 def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
@@ -243,6 +249,7 @@ def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibra
     return {
         **options,
         "source": dict(program.source.files),
+        "config": hashlib.sha256(json.dumps(program.source.config, sort_keys=True).encode()).hexdigest(),
         "calibration": None if calibration is None else calibration.origin["sha256"],
         "versions": _versions("torch"),
     }

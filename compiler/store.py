@@ -86,10 +86,13 @@ class BlockStore:
         return {name: _lazy(path, name, *t) for name, t in told.items()}
 
     def streams(self, block: int) -> dict[str, torch.Tensor]:
-        """The streams saved with `block`; TpvcError where they are not there any more or damaged."""
+        """The streams saved with `block`; TpvcError where they are missing or damaged."""
         path = self._stream(block)
         if _verified(path) is None:
-            raise TpvcError(f"'{path}' is missing or damaged: the run cannot go on after block {block}; overwrite it")
+            raise TpvcError(
+                f"'{path}' is missing or damaged, so the run cannot go on after block {block}; remove "
+                f"'{self.directory}' and begin again"
+            )
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -165,7 +168,7 @@ def _read_json(path: Path) -> dict:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise TpvcError(f"'{path}' is damaged, so it is unknown what run this is; overwrite it")
+        raise TpvcError(f"'{path}' is damaged, so it is unknown what run this is; add --overwrite")
     return found
 
 

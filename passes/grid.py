@@ -73,9 +73,10 @@ def codes(weight: Tensor, span: Range, grid: Grid) -> Tensor:
 
 
 def qtensor(shape: tuple[int, int], relative: Tensor, span: Range, grid: Grid, dtype: torch.dtype) -> QTensor:
-    """The QTensor of codes relative to zero, as `codes` gives them."""
-    zero = None if grid.symmetric else span.zero.to(torch.uint8).squeeze(-1)
-    return QTensor((relative + span.zero).to(torch.uint8).reshape(shape), span.scale.squeeze(-1), zero, grid, dtype)
+    """The QTensor of codes relative to zero, as `codes` gives them; in host memory, whatever the device."""
+    zero = None if grid.symmetric else span.zero.to(torch.uint8).squeeze(-1).cpu()
+    codes = (relative + span.zero).to(torch.uint8).reshape(shape).cpu()
+    return QTensor(codes, span.scale.squeeze(-1).cpu(), zero, grid, dtype)
 
 
 def on_grid(weight: Tensor, span: Range, grid: Grid, dtype: torch.dtype) -> QTensor:

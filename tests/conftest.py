@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread costs more than it brings
 
 import pytest
 
@@ -17,6 +18,16 @@ SENTENCES = (
     "def area(width, height):\n    return width * height\n",
     "Wer früh aufsteht, sieht den Tag beginnen; qui dort longtemps rêve longtemps.",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A command that was given more threads leaves them set in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
