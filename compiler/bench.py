@@ -201,6 +201,14 @@ def _work(target: str, threads: int, prompt_tokens: int, new_tokens: int) -> Non
         send(first=first, decode=decode, peak=peak_bytes())
 
 
+def check_picture(path: Path) -> None:
+    """Refuse, before anything is measured, a file name that `chart` could not write."""
+    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
+        raise TpvcError(
+            f"'{path}' cannot hold the picture; expected a name that ends in .png in a directory that exists"
+        )
+
+
 def chart(rows: list[Row], path: Path) -> None:
     """A PNG with a panel each for decode and prefill speed, peak memory and size."""
     import matplotlib

@@ -123,10 +123,16 @@ def interleaved(domains: list[list[int]], seqlen: int) -> Tensor:
 
 
 def chat_text(tokenizer: Any, messages: Any) -> str:
-    """Messages in the model's chat template, or one after another where it has none."""
-    if getattr(tokenizer, "chat_template", None):
+    """Messages in the model's chat template, or one after another where it has none; TpvcError for what it refuses."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(str(message["content"]) for message in messages)
+    try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False)
-    return "\n\n".join(str(message["content"]) for message in messages)
+    except Exception as error:  # whatever the model's template raises: a role it refuses, a message without text
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TpvcError(
+            f"the model's chat template refuses a conversation ({reason}); use messages it takes, or plain text"
+        ) from error
 
 
 def _first_windows(texts: Iterable[str], tokenizer: Any, dataset: str, nsamples: int, seqlen: int) -> Tensor:

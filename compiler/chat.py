@@ -45,6 +45,17 @@ def is_genai(target: str | Path) -> bool:
     return (Path(target) / "genai_config.json").is_file()
 
 
+def genai_facts(folder: Path) -> dict[str, Any]:
+    """`model` of the folder's genai_config.json; TpvcError when it is damaged."""
+    from tpvc.compiler.frontends.weights import read_json
+
+    path = folder / "genai_config.json"
+    match read_json(path):
+        case {"model": {"vocab_size": int(), "context_length": int(), "decoder": {"filename": str()}} as model}:
+            return model
+    raise TpvcError(f"{path} lacks what ONNX Runtime GenAI needs to know of the model; export the folder again")
+
+
 def cores() -> int:
     """Cores this process may use: the default number of threads of either runtime."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -73,8 +84,8 @@ def _genai(folder: Path, threads: int) -> Engine:
     import numpy as np
     import onnxruntime_genai as og
 
+    facts = genai_facts(folder)
     try:
-        facts = json.loads((folder / "genai_config.json").read_text())["model"]
         config = og.Config(str(folder))
         session = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": session}}))

@@ -49,7 +49,10 @@ def record_text(record: Any, chat: Chat, where: str) -> str:
         case {"messages": [*messages]} if all(
             isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
         ):
-            return chat(messages)
+            try:
+                return chat(messages)
+            except TpvcError as error:
+                raise TpvcError(f"{where}: {error}") from error
     found = f"the fields {sorted(map(str, record))}" if isinstance(record, Mapping) else f"a {type(record).__name__}"
     raise TpvcError(f"{where} has {found}; expected a record with 'text', 'prompt' and 'completion', or 'messages'")
 

@@ -92,7 +92,7 @@ def perplexity(
             nll.index_add_(0, window, picked.double().cpu())
         losses += (nll / (tokens.shape[1] - 1)).tolist()
     each = torch.tensor(losses, dtype=torch.float64)
-    value = math.exp(each.mean())
+    value = each.mean().exp().item()
     stderr = value * each.std().item() / math.sqrt(len(each)) if len(each) > 1 else math.nan
     return Perplexity(value, stderr, tuple(losses))
 

@@ -50,7 +50,9 @@ def _check_work(work: Path) -> None:
     if not work.exists() and not work.is_symlink():
         return
     if not work.is_dir() or {p.name for p in work.iterdir()} - {ARTEFACT, BLOCKS, REPLACED}:
-        raise TpvcError(f"'{work}', where the output is written first, is not tpvc's; rename it or choose another output")
+        raise TpvcError(
+            f"'{work}', where the output is written first, is not tpvc's; rename it or choose another output"
+        )
 
 
 def _work(out: Path) -> Path:

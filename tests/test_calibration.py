@@ -171,6 +171,13 @@ def test_bad_files_are_one_clear_error(program, tokenizer, tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+def test_a_conversation_that_the_template_refuses(program, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    jsonl(path, [{"messages": [{"role": "user", "content": "hi"}]}, {"messages": []}])
+    with pytest.raises(TpvcError, match="line 2: the model's chat template refuses"):
+        calibrate(program, bytewise(chat=True), str(path), 4, 26, 0)
+
+
 def test_sizes_are_checked(program, tokenizer):
     with pytest.raises(TpvcError, match="expected at least 1 window"):
         calibrate(program, tokenizer, "builtin", 0, 8, 0)

@@ -73,5 +73,5 @@ def test_room(engines):
 
 def test_a_folder_that_is_not_one(tmp_path):
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "llama"}}))
-    with pytest.raises(TpvcError, match="GenAI cannot load"):
+    with pytest.raises(TpvcError, match="lacks what ONNX Runtime GenAI needs"):
         chat.open_engine(str(tmp_path))

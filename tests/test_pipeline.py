@@ -1,6 +1,7 @@
 """The whole road on a tiny Llama: what lies in the artefact, resuming after a kill, other runs refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -124,3 +125,29 @@ def test_bad_options_are_one_sentence_before_any_work(tiny_llama, tmp_path, opti
         quantize(tiny_llama, tmp_path / "out", **options)
     assert says in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_does_not_go_on_when_the_config_has_changed(tiny_llama, tmp_path):
+    """The weight files are the same, but what they compute is not."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_llama, model)
+    options = {"method": "rtn", "group": 32}
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total, note):
+        if stage == "write":
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantize(model, out, progress=stop, **options)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
+    with pytest.raises(TpvcError, match="config"):
+        quantize(model, out, **options)
+
+
+def test_only_onnx_has_a_portable_twin(whole, tmp_path):
+    with pytest.raises(TpvcError, match="only onnx"):
+        export(whole, tmp_path / "out", to="vllm", portable=True)

@@ -37,9 +37,11 @@ def command(targets: tuple[str, ...], threads: int | None, png: Path | None, as_
 
     TARGETS are exported folders, artefacts and MODELs.
     """
-    from tpvc.compiler.bench import bench, chart
+    from tpvc.compiler.bench import bench, chart, check_picture
     from tpvc.compiler.chat import cores
 
+    if png is not None:
+        check_picture(png)
     threads = threads or cores()
     with console.Bars() as bars:
         rows = bench(list(targets), threads=threads, progress=bars, **options)

@@ -174,7 +174,7 @@ def _perplexity(subject: Subject, tokens: Any, progress: Any) -> dict[str, float
         losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).double())
         tell("", i + 1, len(tokens), "windows")
     nll = torch.stack(losses)
-    value = math.exp(nll.mean())
+    value = nll.mean().exp().item()
     return {"perplexity": value, "stderr": value * nll.std().item() / math.sqrt(len(nll)) if len(nll) > 1 else math.nan}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -77,8 +76,7 @@ def program_facts(target: str) -> dict[str, Any]:
         "bits a weight, loaded": f"{8 * sum(map(parameter_bytes, program.params.values())) / count:.2f}",
     }
     source = program.source
-    manifest = source.directory / "tpvc.json" if source else None
-    provenance = json.loads(manifest.read_text()) if manifest and manifest.is_file() else None
+    provenance = _manifest(source.directory) if source else None
     return {
         "kind": "a quantised artefact of tpvc" if provenance else "a model",
         "facts": described,
@@ -94,7 +92,9 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
     """Facts about a folder for ONNX Runtime GenAI, JSON-able."""
     import onnx
 
-    config = json.loads((folder / "genai_config.json").read_text())["model"]
+    from tpvc.compiler.chat import genai_facts
+
+    config = genai_facts(folder)
     path = folder / config["decoder"]["filename"]
     try:
         model = onnx.load(path, load_external_data=False)
@@ -107,12 +107,11 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
             zeros = "zero points" if len(node.input) > 3 and node.input[3] else "no zero points"
             level = values.get("accuracy_level", 0)
             layouts[f"{values.get('bits', 4)} bits, block {values['block_size']}, {zeros}, accuracy level {level}"] += 1
-    manifest = folder / "tpvc.json"
     decoder = config["decoder"]
     return {
         "kind": "a folder for ONNX Runtime GenAI",
         "facts": {
-            "type": config["type"],
+            "type": config.get("type"),
             "vocab_size": config["vocab_size"],
             "context_length": config["context_length"],
             **{name: value for name, value in decoder.items() if isinstance(value, int)},
@@ -122,8 +121,15 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         "matmulnbits": dict(layouts.most_common()),
         "files": {f.name: console.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
-        "provenance": json.loads(manifest.read_text()) if manifest.is_file() else None,
+        "provenance": _manifest(folder),
     }
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    from tpvc.compiler.frontends.weights import read_json
+
+    path = folder / "tpvc.json"
+    return read_json(path) if path.is_file() else None
 
 
 def _counts(title: str, values: dict[str, Any]) -> Any:

@@ -109,10 +109,10 @@ given again; the same command gives the same bytes.
     type=click.Choice(["8", "16"]),
     default="8",
     show_default=True,
-    help="Bits of the output head and embedding; 16 leaves them in float.",
+    help="Bits of the output head and of an embedding tied to it; 16 leaves them in float.",
 )
 @click.option("--iters", type=click.IntRange(1), help="Steps a block, instead of the recipe's.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
@@ -166,5 +166,7 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
         show(f"  error     {now:.4g} of a block's output on average; round-to-nearest {rtn:.4g}")
     for left in manifest.get("left_in_float", []):
         show(f"  in float  {left['name']}: {left['why']}", markup=False)
+    for note in manifest.get("notes", []):
+        show(f"  note      {note}", markup=False)
     show(f"  report    {out / 'report.html'}")
     show(f'  next      tpvc run {out} "Hello"    or    tpvc export {out} --to onnx -o {out}-onnx')

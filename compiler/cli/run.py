@@ -30,7 +30,13 @@ interpreter (torch, float32), which is slower but takes every model that tpvc ca
 @click.argument("prompt", required=False)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws at a temperature above 0.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Of the draws at a temperature above 0.",
+)
 @click.option("--raw", is_flag=True, help="The prompt as it stands, without the chat template.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
 @console.json_option
@@ -50,9 +56,11 @@ def command(
     """
     chat = prompt is None and console.interactive() and not as_json
     if prompt is None and not chat:
-        prompt = sys.stdin.read().rstrip("\n")
-        if not prompt:
-            raise TpvcError("no prompt was given: expected one as an argument, on standard input or in a terminal")
+        prompt = _piped()
+    try:
+        (prompt or "").encode()
+    except UnicodeEncodeError as error:
+        raise TpvcError(f"the prompt is not UTF-8 at character {error.start}; expected text") from error
 
     from tpvc.compiler.chat import open_engine
 
@@ -65,6 +73,17 @@ def command(
     answer = reply(engine, ids, max_new_tokens, echo=not as_json, **sampling)
     if as_json:
         console.print_json({"target": target, "engine": engine.label, **answer})
+
+
+def _piped() -> str:
+    """The prompt on standard input."""
+    try:
+        prompt = sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise TpvcError(f"standard input is not UTF-8 at byte {error.start}; expected the prompt as text") from error
+    if not prompt:
+        raise TpvcError("no prompt was given: expected one as an argument, on standard input or in a terminal")
+    return prompt
 
 
 def reply(engine: Any, ids: list[int], max_new_tokens: int, echo: bool, **sampling: Any) -> dict[str, Any]:

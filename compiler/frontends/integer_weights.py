@@ -83,7 +83,7 @@ def quantization(config: Config) -> Quantization | None:
         return None
     try:
         return _quantization(given)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, re.error) as error:
         raise TpvcError(f"quantization_config cannot be understood ({error}); use an intact config.json") from error
 
 
@@ -104,9 +104,19 @@ def _quantization(given: Mapping[str, Any]) -> Quantization:
     for name, group in (given.get("config_groups") or {}).items():
         _check(not group.get("input_activations") and not group.get("output_activations"), "quantises activations")
         scheme = _scheme(name, group.get("format") or given.get("format"), group.get("weights") or {})
-        groups.append((tuple(group.get("targets") or ()), scheme))
+        groups.append((_targets(group.get("targets")), scheme))
     _check(bool(groups), "has no config_groups")
-    return Quantization(tuple(groups), tuple(given.get("ignore") or ()))
+    return Quantization(tuple(groups), _targets(given.get("ignore")))
+
+
+def _targets(given: Any) -> tuple[str, ...]:
+    """Names, classes and regular expressions; TypeError or re.error for anything else."""
+    if not isinstance(given or [], list) or not all(isinstance(t, str) for t in given or ()):
+        raise TypeError(f"{given!r} is not a list of names")
+    for target in given or ():
+        if target.startswith("re:"):
+            re.compile(target[3:])
+    return tuple(given or ())
 
 
 def _check(fact: bool, text: str) -> None:

@@ -59,6 +59,9 @@ def attributes(
     unexpected = sorted(k for k in extra if settings[k] is not None and k != "original_max_position_embeddings")
     if unexpected:
         raise TpvcError(f"rope type {kind!r} does not know {unexpected}; expected only {sorted(KNOWN[kind])}")
+    for name in KNOWN[kind] - {"truncate"}:
+        if settings.get(name) is not None:
+            _number(settings, name)
     rotary = int(head_dim * _number(settings, "partial_rotary_factor"))
     if rotary < 1 or rotary > head_dim:
         raise TpvcError(f"{rotary} of the {head_dim} features of a head would be rotated; expected 1 to {head_dim}")
@@ -93,7 +96,7 @@ def parameters(config: Config, theta_field: str, partial_field: str, default_par
 
 def _number(settings: Mapping[str, Any], name: str) -> float:
     value = settings.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise TpvcError(
             f"rope type {settings['rope_type']!r} has {name} = {value!r}; expected a positive number in config.json"
         )
@@ -101,10 +104,10 @@ def _number(settings: Mapping[str, Any], name: str) -> float:
 
 
 def _original_length(settings: Mapping[str, Any], config: Config) -> int:
-    for source in (config, settings):
-        if source.get("original_max_position_embeddings"):
-            return source["original_max_position_embeddings"]
-    return need(config, "max_position_embeddings")
+    name = "original_max_position_embeddings"
+    if config.get(name):
+        return need(config, name)
+    return settings.get(name) or need(config, "max_position_embeddings")
 
 
 def _plain(inv_freq: Tensor, rotary: int, settings: Mapping[str, Any], config: Config) -> tuple[Tensor, float]:
@@ -129,6 +132,8 @@ def _llama3(inv_freq: Tensor, rotary: int, settings: Mapping[str, Any], config: 
 def _yarn(inv_freq: Tensor, rotary: int, settings: Mapping[str, Any], config: Config) -> tuple[Tensor, float]:
     length, theta = _original_length(settings, config), _number(settings, "rope_theta")
     factor = _number(settings, "factor")
+    if theta <= 1:
+        raise TpvcError(f"rope type 'yarn' has rope_theta = {theta}; expected a number above 1")
 
     def feature(turns: float) -> float:
         """The (fractional) frequency index that makes `turns` turns over the original context."""

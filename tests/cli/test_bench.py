@@ -29,6 +29,8 @@ def test_bad_input(refused, exported, tmp_path):
     assert "nowhere" in refused("bench", exported, tmp_path / "nowhere", *QUICK)
     assert "context" in refused("bench", exported, "--prompt-tokens", 1000)
     assert "TARGETS" in refused("bench")
+    for name in ("nowhere/speed.png", "speed.txt"):
+        assert "picture" in refused("bench", exported, "--png", tmp_path / name)
 
 
 def test_a_worker_that_dies_is_reported(monkeypatch, exported):

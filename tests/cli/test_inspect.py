@@ -1,5 +1,8 @@
 """`tpvc inspect`: facts about a model, an artefact and a folder."""
 
+import json
+import shutil
+
 
 def test_model(ok, tiny_llama):
     found = ok("inspect", tiny_llama)
@@ -15,6 +18,13 @@ def test_artefact(ok, artefact, tiny_llama):
     assert found["grids"] == {"W4 g32 asymmetric": 14, "W8 per channel symmetric": 1}
     assert found["provenance"]["source"]["name"] == str(tiny_llama)
     assert float(found["facts"]["bits a weight, loaded"]) < 16
+
+
+def test_damaged_provenance(refused, artefact, exported, tmp_path):
+    for i, target in enumerate((artefact, exported)):
+        shutil.copytree(target, tmp_path / str(i))
+        (tmp_path / str(i) / "tpvc.json").write_text("{")
+        assert "tpvc.json" in refused("inspect", tmp_path / str(i))
 
 
 def test_folder(ok, exported):
@@ -34,7 +44,11 @@ def test_tables(tpvc, artefact, exported):
 
 
 def test_bad_input(refused, tmp_path):
-    (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {"filename": "model.onnx"}}}')
+    model = {"vocab_size": 1, "context_length": 1, "decoder": {"filename": "model.onnx"}}
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": model}))
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
     assert "model.onnx" in refused("inspect", tmp_path)
+    for damaged in ("{}", "[]", "{", '{"model": {}}'):
+        (tmp_path / "genai_config.json").write_text(damaged)
+        assert "genai_config.json" in refused("inspect", tmp_path)
     assert "nowhere" in refused("inspect", tmp_path / "nowhere")

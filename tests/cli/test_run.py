@@ -52,12 +52,17 @@ def test_stops_at_the_end_of_the_context(ok, exported):
     assert found["prompt_tokens"] + found["new_tokens"] <= 256
 
 
-def test_bad_input(refused, exported, tmp_path):
+def test_bad_input(refused, artefact, exported, tmp_path):
     assert "no prompt" in refused("run", exported, input="")
     assert "nowhere" in refused("run", tmp_path / "nowhere", PROMPT)
     assert "context" in refused("run", exported, PROMPT * 200)
-    (tmp_path / "genai_config.json").write_text("{}")
-    assert "GenAI" in refused("run", tmp_path, PROMPT)
+    assert "standard input is not UTF-8 at byte 1" in refused("run", exported, input=b"a\xff")
+    for target in (artefact, exported):
+        assert "prompt is not UTF-8" in refused("run", target, "a\udcff")
+    assert "--seed" in refused("run", exported, PROMPT, "--seed", 2**40)
+    for damaged in ("{}", "[]", "{", '{"model": {}}'):
+        (tmp_path / "genai_config.json").write_text(damaged)
+        assert "genai_config.json" in refused("run", tmp_path, PROMPT)
 
 
 def test_model_without_a_template(refused, tiny_llama, tmp_path):

@@ -276,6 +276,12 @@ def test_nonsense_in_the_quantization_config_is_one_error():
         for value in nonsense:
             group = {"targets": ["Linear"], "weights": {**weights(Grid(4, 16, True)), field: value}}
             broken.append({**good, "config_groups": {"g": group}})
+    for names in ([1], ["re:("], "Linear", {"a": 1}):
+        group = {"targets": names, "weights": weights(Grid(4, 16, True))}
+        refused_settings = ({**good, "ignore": names}, {**good, "config_groups": {"g": group}})
+        for given in refused_settings:
+            with pytest.raises(TpvcError, match="cannot be understood"):
+                quantization({"quantization_config": given})
     for given in broken:
         try:
             quantization({"quantization_config": given})
