@@ -21,7 +21,6 @@ import tpvc
 from tpvc.compiler import frontends
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.bench import bench, chart
-from tpvc.compiler.cli.eval import measure, open_subject, windows_of
 
 
 def builder_folder(model: str, out: Path) -> Path:
@@ -79,16 +78,14 @@ def main() -> None:
     rows = bench(targets, prompt_tokens=128, new_tokens=64, runs=args.runs, threads=args.threads)
     theirs = transformers_decode(args.out / "float32", args.threads, args.runs)
     print(f"{'transformers generate, float32':40} decode {theirs:7.1f} tok/s", flush=True)
-    original = open_subject(args.model, args.threads)
-    tokens = windows_of(original, args.text, 40, 512)
     found = []
     for row in rows:
-        quality = measure(open_subject(row.target, args.threads), original, tokens, lambda *_: None)
+        quality = tpvc.measure(row.target, args.text, windows=40, seqlen=512, threads=args.threads)
         found.append({**asdict(row), **quality})
         ratio = row.decode / rows[0].decode, row.decode / rows[1].decode
         print(
             f"{row.target:40} decode {row.decode:7.1f} tok/s ({ratio[0]:.2f} x torch, {ratio[1]:.2f} x builder)"
-            f"  prefill {row.prefill:7.1f}  {row.size / 1e6:6.1f} MB  {json.dumps(quality)}",
+            f"  prefill {row.prefill:7.1f} tok/s  {row.size / 1e6:6.1f} MB  perplexity {quality['perplexity']:.2f}",
             flush=True,
         )
     (args.out / "results.json").write_text(json.dumps(found, indent=1, default=str) + "\n")

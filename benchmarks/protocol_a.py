@@ -16,18 +16,15 @@ import time
 from pathlib import Path
 
 import tpvc
-from tpvc.compiler import evaluate, frontends, interpret
 
 SCHEMES = {"W4 per channel": (4, -1), "W4 g64": (4, 64), "W3 g64": (3, 64), "W2 g64": (2, 64)}
 
 
-def measure(target: str | Path, test: Path, reference: str) -> dict:
+def figures(target: str | Path, args: argparse.Namespace) -> dict:
     """Perplexity of anything `tpvc.load` takes, and its divergence from the float model."""
-    program, original = frontends.load(target), frontends.load(reference)
-    tokens = evaluate.text_windows(test, frontends.tokenizer(program), 40, 512)
-    result = evaluate.perplexity(program, tokens, interpret.in_memory(program))
-    distance = evaluate.divergence(program, original, tokens[:8])
-    return {"perplexity": result.value, "stderr": result.stderr, "kl": distance.kl, "top1": distance.top1}
+    found = tpvc.measure(target, args.test, against=args.model, windows=40, seqlen=512)
+    against = found["against"]
+    return {"perplexity": found["perplexity"], "stderr": found["stderr"], "kl": against["kl"], "top1": against["top1"]}
 
 
 def main() -> None:
@@ -53,7 +50,7 @@ def main() -> None:
         )
 
     if "float32" not in rows:
-        keep("float32", measure(args.model, args.test, args.model))
+        keep("float32", figures(args.model, args))
     for scheme in args.schemes.split(","):
         bits, group = SCHEMES[scheme]
         for method in args.methods.split(","):
@@ -75,7 +72,7 @@ def main() -> None:
             )
             minutes = (time.perf_counter() - began) / 60
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            keep(name, {**measure(artefact, args.test, args.model), "minutes": minutes, "peak_gib_so_far": peak})
+            keep(name, {**figures(artefact, args), "minutes": minutes, "peak_gib_so_far": peak})
 
 
 if __name__ == "__main__":

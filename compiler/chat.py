@@ -56,6 +56,14 @@ def genai_facts(folder: Path) -> dict[str, Any]:
     raise TpvcError(f"{path} lacks what ONNX Runtime GenAI needs to know of the model; export the folder again")
 
 
+def has_template(folder: Path) -> bool:
+    """Does the tokenizer that lies in `folder` know how to write a chat?"""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+
+
 def cores() -> int:
     """Cores this process may use: the default number of threads of either runtime."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -116,10 +124,15 @@ def _genai(folder: Path, threads: int) -> Engine:
                 return
             yield token
 
+    last_only = False
+
     def logits(ids: list[int]) -> Any:
+        nonlocal last_only
         length = min(len(ids) + 1, facts["context_length"])
-        found = start(ids, length).get_output("logits")[0]
-        if len(found) < len(ids):  # the graph gives those of the last token only: one token after the other, then
+        if not last_only:
+            found = start(ids, length).get_output("logits")[0]
+            last_only = len(found) < len(ids)
+        if last_only:  # one token after the other, then
             generator = start(ids[:1], length)
             rows = [generator.get_output("logits")[0, -1]]
             for token in ids[1:]:
@@ -210,7 +223,7 @@ def _interpreter(target: str, threads: int) -> Engine:
 def weight_bytes(program: Any) -> int:
     """Bytes of the weight files a Program was loaded from; what its parameters hold where there is no such file."""
     source = program.source
-    files = [source.directory / name for name in source.files] if source else []
+    files = list(source.weights) if source else []
     if files and all(f.is_file() for f in files):
         return sum(f.stat().st_size for f in files)
     return sum(parameter_bytes(p) for p in program.params.values())
@@ -234,8 +247,8 @@ def auto_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise TpvcError(f"{folder}: no tokenizer can be read from it: {_first_line(error)}") from error
 
 

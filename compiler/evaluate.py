@@ -1,4 +1,4 @@
-"""How good a Program is: perplexity of a text, and its distance from another Program.
+"""How good a model is: perplexity of a text, and its distance from another model.
 
 Protocol: the text is tokenised without special tokens, the first n * L tokens are cut into n windows of L, and every
 window predicts its own tokens 1 .. L-1 from what comes before them in the window. Memory is bounded by a batch of
@@ -8,7 +8,7 @@ windows and a chunk of logits, whatever the length of the text.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,28 @@ class Divergence:
     top1: float
 
 
+@dataclass(frozen=True)
+class Score:
+    """perplexity  of the model; `reference` and `divergence`: the other's, and the distance from it, if there is one"""
+
+    perplexity: Perplexity
+    reference: Perplexity | None = None
+    divergence: Divergence | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """Whatever predicts tokens: a Program (`predictor`), or a runtime that has a function for it.
+
+    logits  tokens int64 [n, L] -> the logits float32 [*, vocab] that predict tokens[:, 1:]: one window after the
+            other, each cut as `pieces` cuts, so that the pieces of two models belong together
+    """
+
+    vocab_size: int
+    context_length: int
+    logits: Callable[[Tensor], Iterator[Tensor]]
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text without added special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -77,27 +99,13 @@ def text_windows(path: str | Path, tokenizer: Any, windows: int, seqlen: int) ->
     return torch.tensor(ids[: windows * seqlen], dtype=torch.int64).view(windows, seqlen)
 
 
-@torch.no_grad()
 def perplexity(
     program: Program, tokens: Tensor, weight: Weight | None = None, progress: Progress | None = None
 ) -> Perplexity:
     """Perplexity over windows of tokens, int64 [n, L]. Without a `weight` parameters are read batch by batch."""
-    losses = []
-    for batch in _batches(program, tokens, progress, "perplexity"):
-        nll = torch.zeros(batch.shape[0], dtype=torch.float64)
-        targets = batch[:, 1:].reshape(-1)
-        for rows, logits in _logits(program, batch, weight):
-            picked = torch.nn.functional.cross_entropy(logits, targets[rows], reduction="none")
-            window = torch.arange(len(targets))[rows] // (batch.shape[1] - 1)
-            nll.index_add_(0, window, picked.double().cpu())
-        losses += (nll / (tokens.shape[1] - 1)).tolist()
-    each = torch.tensor(losses, dtype=torch.float64)
-    value = each.mean().exp().item()
-    stderr = value * each.std().item() / math.sqrt(len(each)) if len(each) > 1 else math.nan
-    return Perplexity(value, stderr, tuple(losses))
+    return score(predictor(program, weight), tokens, progress=progress, stage="perplexity").perplexity
 
 
-@torch.no_grad()
 def divergence(
     program: Program,
     reference: Program,
@@ -110,54 +118,100 @@ def divergence(
 
     Raises TpvcError when the two have different vocabularies.
     """
-    if program.facts.vocab_size != reference.facts.vocab_size:
+    both = predictor(program, weight), predictor(reference, reference_weight)
+    return score(both[0], tokens, both[1], progress, "divergence").divergence
+
+
+@torch.no_grad()
+def score(
+    model: Predictor,
+    tokens: Tensor,
+    reference: Predictor | None = None,
+    progress: Progress | None = None,
+    stage: str = "score",
+) -> Score:
+    """All figures over windows of tokens, int64 [n, L], each model computing every window once.
+
+    Progress moves with every window. Raises TpvcError for tokens that a model cannot take, and when the two have
+    different vocabularies.
+    """
+    models = [model] if reference is None else [model, reference]
+    if len({m.vocab_size for m in models}) > 1:
         raise TpvcError(
-            f"the two models have vocabularies of {program.facts.vocab_size} and {reference.facts.vocab_size} tokens; "
+            f"the two models have vocabularies of {models[0].vocab_size} and {models[1].vocab_size} tokens; "
             "only models with the same one can be compared"
         )
-    kl, agreed, count = 0.0, 0, 0
-    for batch in _batches(program, tokens, progress, "divergence"):
-        both = zip(_logits(program, batch, weight), _logits(reference, batch, reference_weight), strict=True)
-        for (_, logits), (_, wanted) in both:
-            agreed += int((logits.argmax(-1) == wanted.argmax(-1)).sum())
-            count += len(logits)
-            p, q = wanted.log_softmax(-1), logits.log_softmax(-1)
+    if len(tokens) < 1 or tokens.shape[1] < 2:
+        raise TpvcError(f"found windows of shape {list(tokens.shape)}; expected at least 1 window of 2 tokens")
+    for m in models:
+        _check(m, tokens)
+    report = progress or silent
+    windows, each = len(tokens), tokens.shape[1] - 1
+    targets = tokens[:, 1:].reshape(-1)
+    nll = torch.zeros(len(models), windows, dtype=torch.float64)
+    kl, agreed, done = 0.0, 0, 0
+    report(stage, 0, windows, "windows")
+    for logits in zip(*(m.logits(tokens) for m in models), strict=True):
+        window, rows = done // each, slice(done, done + len(logits[0]))
+        chances = [x.log_softmax(-1) for x in logits]
+        for i, q in enumerate(chances):
+            nll[i, window] -= q.gather(-1, targets[rows, None]).double().sum().cpu()
+        if reference is not None:
+            q, p = chances
+            agreed += int((q.argmax(-1) == p.argmax(-1)).sum())
             kl += torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
-    return Divergence(kl / count, agreed / count)
+        done = rows.stop
+        if done % each == 0:
+            report(stage, done // each, windows, "windows")
+    found = [_perplexity(losses / each) for losses in nll]
+    if reference is None:
+        return Score(found[0])
+    return Score(found[0], found[1], Divergence(kl / done, agreed / done))
 
 
-def _batches(program: Program, tokens: Tensor, progress: Progress | None, stage: str) -> Iterator[Tensor]:
-    """BATCH windows at a time; checks the tokens and reports after each batch."""
-    if tokens.numel() and int(tokens.max()) >= program.facts.vocab_size:
+def _perplexity(nll: Tensor) -> Perplexity:
+    """Of every window's mean negative log-likelihood, float64 [n]."""
+    value = nll.mean().exp().item()
+    stderr = value * nll.std().item() / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    return Perplexity(value, stderr, tuple(nll.tolist()))
+
+
+def _check(model: Predictor, tokens: Tensor) -> None:
+    if tokens.numel() and int(tokens.max()) >= model.vocab_size:
         raise TpvcError(
-            f"the text has token {int(tokens.max())}, the model knows {program.facts.vocab_size}; the tokenizer is not "
+            f"the text has token {int(tokens.max())}, the model knows {model.vocab_size}; the tokenizer is not "
             "this model's"
         )
-    if tokens.shape[1] > program.facts.context_length:
+    if tokens.shape[1] > model.context_length:
         raise TpvcError(
             f"windows of {tokens.shape[1]} tokens are longer than the model's context of "
-            f"{program.facts.context_length}; ask for shorter ones"
+            f"{model.context_length}; ask for shorter ones"
         )
-    report = progress or silent
-    for first in range(0, len(tokens), BATCH):
-        batch = tokens[first : first + BATCH]
-        yield batch
-        report(stage, first + len(batch), len(tokens), "windows")
 
 
-def _logits(program: Program, batch: Tensor, weight: Weight | None) -> Iterator[tuple[slice, Tensor]]:
-    """Logits that predict batch[:, 1:], in chunks: (rows of the flattened predictions, float32 [rows, vocab]).
+def pieces(windows: Iterable[Tensor], vocab_size: int) -> Iterator[Tensor]:
+    """Every window's [L-1, ...] cut into pieces that have at most CHUNK logits: what `Predictor.logits` yields."""
+    for window in windows:
+        yield from window.split(max(1, CHUNK // vocab_size))
+
+
+def predictor(program: Program, weight: Weight | None = None) -> Predictor:
+    """A Program as score takes it, BATCH windows at a time. Without a `weight` parameters are read batch by batch.
 
     The graph is cut at the head; what follows it treats every position alone.
     """
     weight = weight or from_files(program)
+    facts = program.facts
     head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
-    mask = torch.ones_like(batch, dtype=torch.bool)
-    values = {"input_ids": batch, "mask": mask, "positions": positions_of(mask, batch.shape[1])}
-    hidden = run(program.nodes[:head], values, weight)[:, :-1].flatten(0, 1)
-    rows = max(1, CHUNK // program.facts.vocab_size)
-    held = {name: weight(name) for n in program.nodes[head:] for name in n.params.values()}
-    for first in range(0, len(hidden), rows):
-        part = hidden[None, first : first + rows]
-        logits = run(program.nodes[head:], {program.nodes[head].inputs[0]: part}, held.__getitem__)
-        yield slice(first, first + rows), logits[0]
+
+    def logits(tokens: Tensor) -> Iterator[Tensor]:
+        for batch in tokens.split(BATCH):
+            mask = torch.ones_like(batch, dtype=torch.bool)
+            values = {"input_ids": batch, "mask": mask, "positions": positions_of(mask, batch.shape[1])}
+            hidden = run(program.nodes[:head], values, weight)[:, :-1]
+            held = {name: weight(name) for n in program.nodes[head:] for name in n.params.values()}
+            for part in pieces(hidden, facts.vocab_size):
+                before = {program.nodes[head].inputs[0]: part[None]}
+                yield run(program.nodes[head:], before, held.__getitem__)[0]
+
+    return Predictor(facts.vocab_size, facts.context_length, logits)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tpvc.compiler.errors import TpvcError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 MANIFEST = "tpvc.json"
-ARTEFACT, BLOCKS, REPLACED = "artefact", "blocks", "replaced"
-"""What `OUT.partial` may hold: the artefact being written, a BlockStore, and what stood at OUT before."""
+ARTEFACT, BLOCKS, REPLACED, LOCK = "artefact", "blocks", "replaced", "lock"
+"""What `OUT.partial` may hold: the artefact being written, a BlockStore, what stood at OUT before, and whose it is."""
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -49,10 +54,17 @@ def _check_work(work: Path) -> None:
     """The working directory is removed in the end, so it must be ours."""
     if not work.exists() and not work.is_symlink():
         return
-    if not work.is_dir() or {p.name for p in work.iterdir()} - {ARTEFACT, BLOCKS, REPLACED}:
+    if not work.is_dir() or {p.name for p in work.iterdir()} - {ARTEFACT, BLOCKS, REPLACED, LOCK}:
         raise TpvcError(
             f"'{work}', where the output is written first, is not tpvc's; rename it or choose another output"
         )
+
+
+def check_apart(out: Path, model: str | Path) -> None:
+    """Refuse to replace what is being read: `model` must neither be `out` nor lie in it."""
+    there, source = Path(os.path.realpath(out)), Path(os.path.realpath(Path(model).expanduser()))
+    if os.path.exists(source) and there in (source, *source.parents):
+        raise TpvcError(f"output '{out}' is or holds '{model}', which would be lost; choose another output directory")
 
 
 def _work(out: Path) -> Path:
@@ -65,19 +77,25 @@ def published(out: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
     """Yield `OUT.partial`; what the body leaves in its `artefact` folder becomes `out` when the body ends well.
 
     When it does not, a resumable run leaves its finished blocks for the next one, another leaves nothing. Finished
-    blocks of a resumable run are in the way of another kind of run, which removes them with `overwrite` only.
+    blocks of a resumable run are in the way of another kind of run, which removes them with `overwrite` only. One run
+    at a time may write to `out`.
     """
-    place, work = Path(os.path.abspath(out)), _work(out)
+    work = _work(out)
     _check_work(work)
-    if not resumable:
-        if _finished(work) and not overwrite:
-            raise TpvcError(
-                f"'{work}' holds an unfinished quantisation; finish it, add --overwrite, or choose another output"
-            )
-        shutil.rmtree(work, ignore_errors=True)
-    artefact, replaced = work / ARTEFACT, work / REPLACED
+    with _alone(work):
+        if not resumable:
+            if _finished(work) and not overwrite:
+                raise TpvcError(
+                    f"'{work}' holds an unfinished quantisation; finish it, add --overwrite, or choose another output"
+                )
+            _clear(work)
+        yield from _replacing(out, work, overwrite, resumable)
+
+
+def _replacing(out: Path, work: Path, overwrite: bool, resumable: bool) -> Iterator[Path]:
+    place, artefact, replaced = Path(os.path.abspath(out)), work / ARTEFACT, work / REPLACED
     shutil.rmtree(artefact, ignore_errors=True)
-    artefact.mkdir(parents=True)
+    artefact.mkdir()
     try:
         yield work
         check_free(out, overwrite)
@@ -91,9 +109,49 @@ def published(out: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
                 os.replace(replaced, place)
             raise
     except BaseException:
-        shutil.rmtree(artefact if resumable and _finished(work) else work, ignore_errors=True)
+        if resumable and _finished(work):
+            shutil.rmtree(artefact, ignore_errors=True)
+        else:
+            _clear(work)
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    _clear(work)
+
+
+def _clear(work: Path) -> None:
+    for part in (ARTEFACT, BLOCKS, REPLACED):
+        shutil.rmtree(work / part, ignore_errors=True)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Make `work` and hold its lock, which the system releases however this process ends; remove what is empty."""
+    lock = work / LOCK
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        if fcntl is None:
+            yield
+            return
+        with lock.open("a") as file:
+            _hold(file.fileno(), lock)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            work.rmdir()
+
+
+def _hold(file: int, lock: Path) -> None:
+    busy = TpvcError(f"another run is writing '{lock.parent}'; wait for it or choose another output")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy from None
+    except OSError:
+        return  # a file system without locks
+    if not (lock.exists() and os.path.samestat(os.fstat(file), lock.stat())):
+        raise busy  # the other run ended, and removed the lock, between our opening and our locking it
 
 
 def _finished(work: Path) -> bool:

@@ -19,8 +19,8 @@ from tpvc.compiler import frontends, report
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_free, published
-from tpvc.compiler.program import Grid, Node, Program, grid_of, linears
+from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
+from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, read, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
@@ -60,6 +60,7 @@ def quantize(
     An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block.
     """
     out = Path(out)
+    check_apart(out, model)
     check_free(out, overwrite)
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
     progress("load", 0, 1, str(model))
@@ -87,6 +88,8 @@ def quantize(
 
     with published(out, overwrite, resumable=True) as work:
         store = BlockStore.open(work / BLOCKS, _fingerprint(program, options, calibration), replace=overwrite)
+        if store.finished(0) is None:
+            _check_finite(program, progress)
         passes = _passes(program, grid, options, chosen, calibration, store, progress)
         rounded = program
         for rounding in passes:
@@ -122,6 +125,7 @@ def export(
         raise TpvcError(f"export target is '{to}'; expected onnx or vllm")
     if portable and to != "onnx":
         raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
+    check_apart(out, artefact)
     check_free(out, overwrite)
     progress("export", 0, 1, str(artefact))
     program = frontends.load(artefact)
@@ -129,9 +133,11 @@ def export(
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": to,
-        "source": {"name": program.source.name, "files": dict(program.source.files)},
+        "source": {"name": program.source.name, "files": program.source.files},
         "options": {"to": to},
     }
+    if (made := frontends.manifest(program)) is not None:
+        manifest["source"]["manifest"] = {key: value for key, value in made.items() if key != "blocks"}
     with published(out, overwrite) as work:
         folder = work / ARTEFACT
         if to == "vllm":
@@ -142,7 +148,7 @@ def export(
             onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
             manifest["options"] |= {"portable": portable, "accuracy_level": accuracy_level}
             manifest["files"] = {
-                p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
+                p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
             }
             manifest["versions"] = _versions("onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -174,6 +180,15 @@ def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples
         raise TpvcError(f"head bits is {head_bits}; expected 16 (keep the head in float) or a width from 2 to 8")
     if nsamples < 1 or seqlen < 2:
         raise TpvcError(f"calibration is {nsamples} windows of {seqlen} tokens; expected at least 1 window of 2 tokens")
+
+
+def _check_finite(program: Program, progress: Progress) -> None:
+    """Read every float parameter once, one at a time: one with NaN or Inf is refused now and not after hours."""
+    names = [name for name, parameter in program.params.items() if grid_of(parameter) is None]
+    for done, name in enumerate(names):
+        progress("check", done, len(names), name)
+        read(program.params[name])
+    progress("check", len(names), len(names), "")
 
 
 def _passes(
@@ -212,13 +227,15 @@ def _manifest(
     timings = [r.pop("seconds", 0.0) for r in records]
     head = linears(program.epilogue)[-1]
     head_grid = grid_of(rounded.params[head.params["weight"]])
-    kept = [n for n in linears(rounded.nodes) if grid_of(rounded.params[n.params["weight"]]) is None]
+    matrices = {n.params["weight"] for n in linears(rounded.nodes)}
+    tables = [n for n in rounded.nodes if n.op == "embed" and n.params["weight"] not in matrices]
+    kept = [n for n in (*tables, *linears(rounded.nodes)) if grid_of(rounded.params[n.params["weight"]]) is None]
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": "checkpoint",
         "source": {
             "name": program.source.name,
-            "files": dict(program.source.files),
+            "files": program.source.files,
             "config": dict(program.source.config),
         },
         "options": options,
@@ -239,6 +256,8 @@ def _manifest(
 
 
 def _why_float(program: Program, node: Node) -> str:
+    if node.op == "embed":
+        return "an untied embedding is a table lookup: rounding it saves bytes but no time; kept in float"
     if node in program.prologue:
         return "it stands before the first block"
     return "what follows the last block was kept in float (--head-bits 16)"
@@ -248,7 +267,7 @@ def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibra
     """What a resumed run must share with the interrupted one."""
     return {
         **options,
-        "source": dict(program.source.files),
+        "source": program.source.files,
         "config": hashlib.sha256(json.dumps(program.source.config, sort_keys=True).encode()).hexdigest(),
         "calibration": None if calibration is None else calibration.origin["sha256"],
         "versions": _versions("torch"),
@@ -261,8 +280,3 @@ def _versions(*packages: str) -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -13,8 +13,10 @@ Graph inputs (values that no node produces):
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +131,23 @@ class Source:
     name       what the user typed
     directory  where config, tokenizer and weights lie
     config     the Hugging Face config.json as a dict (made from metadata for a GGUF)
-    files      {file name: sha256} of every weight file read
+    weights    the weight files, which lie in `directory` or below it
     """
 
     name: str
     directory: Path
     config: Mapping[str, Any]
-    files: Mapping[str, str]
+    weights: tuple[Path, ...]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """{file name relative to `directory`: sha256} of every weight file. The first call reads them whole."""
+        return {path.relative_to(self.directory).as_posix(): sha256(path) for path in self.weights}
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file that the model came from. What else lies in its directory says nothing about it."""
+        return next((path for path in self.weights if path.suffix.lower() == ".gguf"), None)
 
 
 @dataclass(frozen=True)
@@ -190,3 +202,9 @@ class Program:
 def linears(nodes: Iterable[Node]) -> tuple[Node, ...]:
     """The linear nodes among `nodes`: what quantisation is about."""
     return tuple(n for n in nodes if n.op == "linear")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from statistics import median
 
-from tpvc.compiler import charts
+from tpvc.compiler import charts, units
 from tpvc.compiler.errors import TpvcError
 
 
@@ -19,7 +19,7 @@ def write(path: Path, manifest: dict, timings: list[float]) -> None:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("tpvc.compiler", "."), autoescape=True, trim_blocks=True)
-    environment.filters |= {"size": size_text, "number": number_text, "seconds": seconds_text, "json": json_text}
+    environment.filters |= {"size": units.size, "number": number_text, "seconds": units.seconds, "json": json_text}
     html = environment.get_template("report.html").render(**_facts(manifest, timings))
     try:
         path.write_text(html, encoding="utf-8")
@@ -44,7 +44,7 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
         pictures.append(("Codes that differ from rounding to nearest", flips))
     if any(timings):
         first = numbers[: len(timings)] if len(numbers) >= len(timings) else list(range(len(timings)))
-        pictures.append(("Time for each block", charts.bars(first, list(timings), seconds_text)))
+        pictures.append(("Time for each block", charts.bars(first, list(timings), units.seconds)))
     curves = [(b["block"], charts.curve(b["curve"])) for b in blocks if len(b["curve"]) > 1]
     size = manifest.get("size", {})
     return {
@@ -85,15 +85,6 @@ def _perplexity(given: object) -> dict[str, float]:
     return {"this artefact": float(given)} if isinstance(given, (int, float)) else {}
 
 
-def size_text(count: float) -> str:
-    """Bytes: 1234567 -> 1.2 MB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def number_text(value: float | None) -> str:
     """Three significant digits, a dash for None."""
     if value is None:
@@ -103,14 +94,6 @@ def number_text(value: float | None) -> str:
 
 def percent_text(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def seconds_text(value: float) -> str:
-    """12.3 s, 4 min 05 s, 2 h 03 min."""
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} min {seconds:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def json_text(value: object) -> str:

@@ -1,7 +1,7 @@
 """Finished blocks on disk, so that a run that was stopped goes on after its last finished block, bit for bit.
 
     fingerprint.json         what the run is: a run with another one does not go on here
-    block-00007.safetensors  the integer parameters of block 7 and, in the header, its record and a hash
+    block-00007.safetensors  the integer parameters of block 7 and, in the header, its record and a hash of both
     stream-00007.safetensors the activations that leave block 7, of the last finished block only
 
 A file appears under its name when it is whole (written beside it, then renamed), first the stream, then the block: a
@@ -116,7 +116,7 @@ def _lazy(path: Path, name: str, shape: list[int], grid: list, scale_dtype: str)
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = {**header, "sha256": _digest(tensors[name] for name in sorted(tensors))}
+    header = {**header, "sha256": _digest(header, (tensors[name] for name in sorted(tensors)))}
     with _replacing(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -128,14 +128,15 @@ def _verified(path: Path) -> dict[str, str] | None:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            whole = header.get("sha256") == _digest(file.get_tensor(name) for name in sorted(file.keys()))
+            told = {key: value for key, value in header.items() if key != "sha256"}
+            whole = header.get("sha256") == _digest(told, (file.get_tensor(name) for name in sorted(file.keys())))
     except (SafetensorError, OSError, ValueError):
         return None
     return header if whole else None
 
 
-def _digest(tensors: Iterator[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(header: dict[str, str], tensors: Iterator[torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

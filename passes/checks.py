@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Node, Program, QTensor, grid_of, linears
 
@@ -14,11 +16,11 @@ def check_grid(grid: Grid, program: Program, nodes: tuple[Node, ...]) -> None:
         raise TpvcError(f"group size is {grid.group}; expected a positive size, -1 (per channel) or 0 (per tensor)")
     columns = {program.params[n.params["weight"]].shape[1] for n in linears(nodes)}
     if grid.group > 0 and any(c % grid.group for c in columns):
-        fits = [g for g in (16, 32, 48, 64, 96, 128, 192, 256, 512) if not any(c % g for c in columns)]
-        fits = ", ".join(map(str, fits)) or "none of the usual ones"
+        common = math.gcd(*columns)
+        fits = [g for g in range(2, min(common, 512) + 1) if common % g == 0][-8:]
         raise TpvcError(
             f"group size {grid.group} does not divide the {', '.join(map(str, sorted(columns)))} columns of this"
-            f" model's weights; sizes that do: {fits}; or -1 for one scale per channel"
+            f" model's weights; sizes that do: {', '.join(map(str, fits)) or 'none'}; or -1 for one scale per channel"
         )
 
 

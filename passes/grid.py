@@ -43,8 +43,8 @@ def shared(grid: Grid) -> tuple[int, ...]:
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` rounded to `dtype`, kept away from zero (1e-8, and the smallest normal number of `dtype`)."""
-    floor = max(SCALE_FLOOR, torch.finfo(dtype).tiny)
+    """`scale` rounded to `dtype`, kept away from zero: 1e-8, in float16 2^-20, where 4 bits of the number are left."""
+    floor = max(SCALE_FLOOR, torch.finfo(dtype).tiny / 64)
     sign = torch.where(scale < 0, -1.0, 1.0)
     return sign * scale.abs().clamp(floor, torch.finfo(dtype).max).to(dtype).float().clamp(min=floor)
 

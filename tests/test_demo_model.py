@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tpvc.compiler import evaluate, frontends, interpret
-from tpvc.compiler.cli.eval import HELD_OUT
 from tpvc.compiler.frontends import demo
+from tpvc.compiler.measure import HELD_OUT
 from tpvc.compiler.pipeline import quantize
 
 pytestmark = pytest.mark.slow

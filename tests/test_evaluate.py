@@ -89,10 +89,35 @@ def test_only_models_of_one_vocabulary_are_compared():
         evaluate.divergence(tiny(), tiny(vocab_size=40), windows(2, 8) % 40)
 
 
-def test_progress_counts_windows():
+def test_progress_counts_windows(monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK", 3 * VOCAB)
     seen = []
     evaluate.perplexity(tiny(), windows(6, 8), progress=lambda *step: seen.append(step))
-    assert [step[:3] for step in seen] == [("perplexity", 4, 6), ("perplexity", 6, 6)]
+    assert seen == [("perplexity", i, 6, "windows") for i in range(7)]
+
+
+def test_score_is_both_of_them_in_one_go():
+    """The same numbers: every model computes the same batches, and sums run in the same order."""
+    program, reference, tokens = tiny(1), tiny(2), windows(5, 12)
+    found = evaluate.score(evaluate.predictor(program), tokens, evaluate.predictor(reference))
+    assert found.perplexity == evaluate.perplexity(program, tokens)
+    assert found.reference == evaluate.perplexity(reference, tokens)
+    assert found.divergence == evaluate.divergence(program, reference, tokens)
+
+
+def test_any_function_that_gives_logits_is_scored(monkeypatch):
+    """A runtime that takes a window at a time; pieces of one batch and of one window belong together."""
+    monkeypatch.setattr(evaluate, "CHUNK", 5 * VOCAB)
+    program, tokens = tiny(1), windows(6, 17)
+
+    def one_by_one(given):
+        return evaluate.pieces((logits(program, window[None])[0, :-1] for window in given), VOCAB)
+
+    runtime = evaluate.Predictor(VOCAB, 64, one_by_one)
+    found = evaluate.score(runtime, tokens, evaluate.predictor(program))
+    # As above: float32 sums of at most 61 terms of a size of about 10 each
+    assert found.perplexity.nll == pytest.approx(found.reference.nll, abs=4e-5)
+    assert abs(found.divergence.kl) < 4e-5
 
 
 def test_text_windows_are_the_first_tokens_without_special_ones(tmp_path):
@@ -123,3 +148,6 @@ def test_windows_that_the_model_cannot_take():
         evaluate.perplexity(tiny(), windows(1, 65))
     with pytest.raises(TpvcError, match="tokenizer is not this model's"):
         evaluate.perplexity(tiny(vocab_size=20), windows(4, 16))
+    for shape in ((0, 8), (3, 1)):
+        with pytest.raises(TpvcError, match="expected at least 1 window of 2"):
+            evaluate.divergence(tiny(), tiny(), windows(*shape))

@@ -1,12 +1,14 @@
 """Output directories: what is refused, what is left when the work fails, and that nothing of a user's is removed."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import MANIFEST, check_free, published
+from tpvc.compiler.output import MANIFEST, check_apart, check_free, published
 
 
 def tree(directory: Path) -> dict[str, str]:
@@ -74,6 +76,53 @@ def test_an_unfinished_quantisation_is_not_removed_by_an_export(tmp_path):
     assert block.read_text() == "hours of work"
     write(tmp_path / "out", "x", overwrite=True)
     assert tree(tmp_path) == {f"out/{MANIFEST}": "x"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resumable", [False, True])
+def test_two_runs_do_not_write_to_one_output(tmp_path, resumable, overwrite):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    with published(out, False, resumable) as work:
+        block = work / "blocks" / "block-00000.safetensors"
+        block.parent.mkdir()
+        block.write_text("hours of work")
+        (work / "artefact" / MANIFEST).write_text("first")
+        before = tree(tmp_path)
+        with pytest.raises(TpvcError, match=r"another run is writing '.*out\.partial'"):
+            write(out, "second", resumable=resumable, overwrite=overwrite)
+        assert tree(tmp_path) == before
+    assert tree(tmp_path) == {f"out/{MANIFEST}": "first"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_lock_of_a_killed_run_holds_nobody_up(tmp_path):
+    pytest.importorskip("fcntl")
+    code = (
+        "import sys, time; from pathlib import Path; from tpvc.compiler.output import published\n"
+        "with published(Path(sys.argv[1]), False, True): print('in', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(TpvcError, match="another run"):
+        write(tmp_path / "out", "x")
+    other.kill()
+    other.communicate()
+    assert (tmp_path / "out.partial" / "lock").exists()
+    write(tmp_path / "out", "x")
+    assert tree(tmp_path) == {f"out/{MANIFEST}": "x"}
+
+
+def test_an_output_that_is_or_holds_the_model(tmp_path):
+    model = tmp_path / "all" / "model"
+    model.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(model)
+    for out in (model, model.parent, tmp_path / "link", model / ".." / "model"):
+        with pytest.raises(TpvcError, match="would be lost"):
+            check_apart(out, str(model))
+    for out in (model / "w4", tmp_path / "all" / "mod", tmp_path / ("x" * 300)):
+        check_apart(out, str(model))
+    check_apart(tmp_path / "owner" / "name", "owner/name")
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])

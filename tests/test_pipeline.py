@@ -42,6 +42,9 @@ def test_the_artefact_tells_what_was_done(whole, tiny_llama):
         assert len(block["linears"]) == 7
     assert manifest["calibration"]["tokens"] == 16 * 32
     assert manifest["head"] == {"name": "lm_head", "parameter": "lm_head.weight", "bits": 8, "tied": False}
+    kept = manifest["left_in_float"]
+    assert [entry["name"] for entry in kept] == ["model.embed_tokens"] and "table lookup" in kept[0]["why"]
+    assert kept[0]["why"] in (whole / "report.html").read_text()
     assert "seconds" not in (whole / "tpvc.json").read_text()
     assert set(manifest["source"]["files"]) == {"model.safetensors"}
     assert (whole / "report.html").read_text().startswith("<!doctype html>")
@@ -70,8 +73,26 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(whole, tiny_llama, tm
     quantize(tiny_llama, out, progress=lambda stage, done, total, note: seen.append((stage, done)), **OPTIONS)
     if after == "FlexRound 1":
         assert ("FlexRound", 0) not in seen, "the first block must not be computed again"
+    assert ("check", 0) not in seen, "the weights of the interrupted run were checked"
     assert bytes_of(out) == bytes_of(whole)
     assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("options", [OPTIONS, {"method": "rtn", "group": 32}])
+def test_weights_that_are_not_finite_are_refused_before_the_first_block(tiny_llama, tmp_path, options):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    seen = []
+    with pytest.raises(TpvcError, match=r"model\.layers\.1\.input_layernorm\.weight.*NaN"):
+        options = {**options, "dataset": "builtin"}
+        quantize(model, tmp_path / "out", progress=lambda stage, *_: seen.append(stage), **options)
+    assert "check" in seen and not {"FlexRound", "round to nearest"} & set(seen)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_another_run_does_not_go_on_where_one_stopped(tiny_llama, tmp_path):
@@ -88,6 +109,8 @@ def test_another_run_does_not_go_on_where_one_stopped(tiny_llama, tmp_path):
         quantize(tiny_llama, out, progress=stop, **OPTIONS)
     with pytest.raises(TpvcError, match=r"bits.*4"):
         quantize(tiny_llama, out, **{**OPTIONS, "bits": 4})
+    with pytest.raises(TpvcError, match="seqlen is 32, not 16"):
+        quantize(tiny_llama, out, **{**OPTIONS, "seqlen": 16})
     quantize(tiny_llama, out, **{**OPTIONS, "bits": 4}, overwrite=True)
     assert json.loads((out / "tpvc.json").read_text())["options"]["bits"] == 4
 
@@ -103,6 +126,29 @@ def test_a_failed_export_leaves_nothing(whole, tmp_path, monkeypatch):
     with pytest.raises(TpvcError):
         export(whole, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artefact_is_not_replaced_by_its_export(whole, tmp_path):
+    before = bytes_of(whole)
+    for out in (whole, whole.parent):
+        with pytest.raises(TpvcError, match="would be lost"):
+            export(whole, out, overwrite=True)
+    assert bytes_of(whole) == before
+
+
+def test_tables_that_share_the_integers_of_the_head_are_not_in_float(tiny_llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for head_bits, names in ((8, []), (16, ["lm_head"])):
+        out = quantize(model, tmp_path / str(head_bits), method="rtn", group=32, head_bits=head_bits)
+        assert [e["name"] for e in json.loads((out / "tpvc.json").read_text())["left_in_float"]] == names
 
 
 def test_default_group_divides_every_weight(tiny_llama):

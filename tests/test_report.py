@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tpvc.compiler import charts, report
+from tpvc.compiler import charts, report, units
 from tpvc.compiler.errors import TpvcError
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -127,7 +127,7 @@ def test_the_same_manifest_gives_the_same_bytes(tmp_path):
 def test_pictures_are_svg_and_points_are_inside():
     for picture in (
         charts.lines([0, 1, 2], [("a", [1e-4, None, 3.0]), ("b", [0.0, 2e-4, 0.5])]),
-        charts.bars(list(range(80)), [0.0, 3.7] * 40, report.seconds_text),
+        charts.bars(list(range(80)), [0.0, 3.7] * 40, units.seconds),
         charts.curve([[0, 1.0], [10, 0.1], [20, 0.1]]),
     ):
         svg = ElementTree.fromstring(picture[picture.index("<svg") :])

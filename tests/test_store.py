@@ -110,6 +110,18 @@ def test_a_damaged_file_counts_as_missing(tmp_path, damage):
         store.streams(0)
 
 
+@pytest.mark.parametrize(("was", "now"), [(b"0.125", b"0.625"), (b"[5, 24]", b"[5, 42]")])
+def test_a_damaged_record_counts_as_missing(tmp_path, was, now):
+    """Same length, so that the file still opens."""
+    store = BlockStore.open(tmp_path, RUN)
+    store.save(0, params(0), {"error": 0.125}, None)
+    path = tmp_path / "block-00000.safetensors"
+    data = path.read_bytes()
+    assert data.count(was) == 1
+    path.write_bytes(data.replace(was, now))
+    assert store.finished(0) is None
+
+
 def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch):
     store = BlockStore.open(tmp_path, RUN)
     store.save(0, params(0), {}, streams(0))

@@ -11,6 +11,7 @@ _API = {
     "generate": "tpvc.compiler.interpret",
     "perplexity": "tpvc.compiler.evaluate",
     "divergence": "tpvc.compiler.evaluate",
+    "measure": "tpvc.compiler.measure",
     "bench": "tpvc.compiler.bench",
     "TpvcError": "tpvc.compiler.errors",
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from tpvc.compiler import units
 from tpvc.compiler.cli import console
 
 
@@ -72,7 +73,7 @@ def rows_table(rows: list[Any], title: str) -> Any:
             row.engine,
             ratio(row, "decode"),
             ratio(row, "prefill"),
-            console.seconds(row.first_token),
+            units.seconds(row.first_token),
             ratio(row, "peak", 1e6),
             ratio(row, "size", 1e6),
         )

@@ -1,4 +1,4 @@
-"""What the commands share: where output goes, progress bars, and numbers a person can read."""
+"""What the commands share: where output goes, progress bars, tables."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from tpvc.compiler import units
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
 
@@ -94,9 +96,9 @@ class Bars:
         passed = now - start
         if last:
             self.ended.add(stage)
-            tail = f"done in {seconds(passed)}"
+            tail = f"done in {units.seconds(passed)}"
         elif done:
-            tail = f"{seconds(passed * (total - done) / done)} left"
+            tail = f"{units.seconds(passed * (total - done) / done)} left"
         else:
             tail = ""
         self.console.print(f"{stage}: {done}/{total} {note} {tail}".rstrip(), markup=False)
@@ -110,24 +112,11 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
-def size(count: float) -> str:
-    """12345678 -> "12.3 MB" (powers of ten, as disks are sold)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""
+def run_command(folder: Path) -> str:
+    """What to type to hear the model in `folder`: --raw where no chat template lies beside it."""
+    from tpvc.compiler.chat import has_template
 
-
-def seconds(value: float) -> str:
-    """0.0123 -> "12 ms", 3.21 -> "3.2 s", 754 -> "12 min 34 s"."""
-    if value < 1:
-        return f"{value * 1000:.0f} ms"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return f'tpvc run {folder} "Hello"' + ("" if has_template(folder) else " --raw")
 
 
 def folder_bytes(folder: Path) -> int:

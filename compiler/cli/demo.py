@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from tpvc.compiler import units
 from tpvc.compiler.cli import console
 
 MODEL = "smollm2-135m"
@@ -55,9 +56,10 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
     from tpvc.compiler.bench import bench, chart
     from tpvc.compiler.chat import cores, open_engine
     from tpvc.compiler.cli.bench import rows_table
-    from tpvc.compiler.cli.eval import measure, open_subject, results_table, windows_of
+    from tpvc.compiler.cli.eval import results_table
     from tpvc.compiler.cli.run import reply
     from tpvc.compiler.frontends import demo, load
+    from tpvc.compiler.measure import compare, open_subject, windows_of
     from tpvc.compiler.pipeline import export, quantize
 
     start = time.perf_counter()
@@ -71,32 +73,32 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
         chapter(1, "A language model: SmolLM2-135M-Instruct")
         story.print(f"   {demo.fetch(bars)}")
     count = sum(prod(p.shape) for p in load(MODEL).params.values())
-    story.print(f"   {count:,} weights, which are {console.size(4 * count)} in float32, as tpvc reads them")
+    story.print(f"   {count:,} weights, which are {units.size(4 * count)} in float32, as tpvc reads them")
 
     chapter(2, "Quantise its blocks to 4 bits, 64 weights sharing a scale")
     with console.Bars() as bars:
         _, took_nearest = console.measured(
             lambda: quantize(MODEL, nearest, **GRID, method="rtn", overwrite=True, progress=bars)
         )
-    story.print(f"   round-to-nearest, the baseline: {console.seconds(took_nearest)}")
+    story.print(f"   round-to-nearest, the baseline: {units.seconds(took_nearest)}")
     with console.Bars() as bars:
         _, took = console.measured(
             lambda: quantize(MODEL, learned, **GRID, recipe="fast", overwrite=True, progress=bars)
         )
-    story.print(f"   FlexRound, which learns how to round, block by block: {console.seconds(took)}")
+    story.print(f"   FlexRound, which learns how to round, block by block: {units.seconds(took)}")
 
     chapter(3, "What was lost? A text that neither has seen")
     with console.Bars() as bars:
         original = open_subject(MODEL, threads)
         tokens = windows_of(original)
-        results = [measure(open_subject(str(p), threads), original, tokens, bars) for p in (nearest, learned)]
+        results = [compare(open_subject(str(p), threads), original, tokens, bars) for p in (nearest, learned)]
     del original
     story.print(results_table(results, ""))
 
     chapter(4, "Compile it for ONNX Runtime GenAI")
     with console.Bars() as bars:
         export(str(learned), onnx, to="onnx", overwrite=True, progress=bars)
-    story.print(f"   {onnx}: {console.size(console.folder_bytes(onnx))}")
+    story.print(f"   {onnx}: {units.size(console.folder_bytes(onnx))}")
 
     chapter(5, "Ask it something")
     story.print(f"   > {QUESTION}\n", markup=False)
@@ -113,7 +115,7 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
     chart(rows, picture)
 
     total = time.perf_counter() - start
-    story.print(f"\n[bold]Done in {console.seconds(total)}.[/] Look at")
+    story.print(f"\n[bold]Done in {units.seconds(total)}.[/] Look at")
     story.print(f"   {learned / 'report.html'}   error of every block, before and after")
     story.print(f"   {picture}   the measurements")
     story.print(f"   tpvc run {onnx}   a chat with it")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tpvc.compiler import units
 from tpvc.compiler.cli import console
 
 
@@ -21,6 +22,7 @@ Examples:
 An onnx folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
 key/value buffer). Accuracy level 4 rounds activations to 8 bits inside each product and is
 the fast one on CPUs; level 0 computes in float32 and gives the interpreter's tokens.
+A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
 
 \b
 A vllm folder holds the same integers as the artefact, with asymmetric zero points packed and a
@@ -63,8 +65,8 @@ def command(
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "files": files})
     show = console.out().print
-    show(f"[bold]{out}[/] written in {console.seconds(took)}")
+    show(f"[bold]{out}[/] written in {units.seconds(took)}")
     for name, count in files.items():
-        show(f"  {console.size(count):>9}  {name}")
+        show(f"  {units.size(count):>9}  {name}")
     if to == "onnx":
-        show(f'  next: tpvc run {out} "Hello"    or    tpvc bench {out} {artefact}')
+        show(f"  next: {console.run_command(out)}    or    tpvc bench {out} {artefact}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from tpvc.compiler import units
 from tpvc.compiler.cli import console
 from tpvc.compiler.errors import TpvcError
 
@@ -48,6 +49,7 @@ def command(target: str, everything: bool, as_json: bool) -> None:
             made.add_row(row["name"], "x".join(map(str, row["shape"])), row["grid"])
         show(made)
     if facts.get("provenance"):
+        show("\n[bold]provenance[/]")
         _provenance(show, facts["provenance"])
 
 
@@ -55,8 +57,8 @@ def program_facts(target: str) -> dict[str, Any]:
     """Facts about a Program, JSON-able."""
     from math import prod
 
-    from tpvc.compiler.chat import parameter_bytes, weight_bytes
-    from tpvc.compiler.frontends import load
+    from tpvc.compiler.chat import parameter_bytes
+    from tpvc.compiler.frontends import load, manifest
     from tpvc.compiler.program import grid_of, linears
 
     program = load(target)
@@ -66,24 +68,25 @@ def program_facts(target: str) -> dict[str, Any]:
         grid = grid_of(parameter)
         dtype = str(getattr(parameter, "dtype", "")).removeprefix("torch.")
         rows.append({"name": node.name, "shape": list(parameter.shape), "grid": str(grid) if grid else dtype})
+    source = program.source
+    files = {path.relative_to(source.directory).as_posix(): path.stat().st_size for path in source.weights}
     described = asdict(program.facts)
     count = sum(prod(p.shape) for p in program.params.values())
     described |= {
         "blocks": program.blocks,
         "nodes": len(program.nodes),
         "parameters": f"{count:,}",
-        "weights on disk": console.size(weight_bytes(program)),
+        "weights on disk": units.size(sum(files.values())),
         "bits a weight, loaded": f"{8 * sum(map(parameter_bytes, program.params.values())) / count:.2f}",
     }
-    source = program.source
-    provenance = _manifest(source.directory) if source else None
+    provenance = manifest(program)
     return {
         "kind": "a quantised artefact of tpvc" if provenance else "a model",
         "facts": described,
         "grids": dict(Counter(row["grid"] for row in rows)),
         "operators": dict(Counter(node.op for node in program.nodes).most_common()),
         "linears": rows,
-        "files": dict(source.files) if source else {},
+        "files": {name: units.size(count) for name, count in files.items()},
         "provenance": provenance,
     }
 
@@ -120,7 +123,7 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
         },
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         "matmulnbits": dict(layouts.most_common()),
-        "files": {f.name: console.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
+        "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
         "provenance": _manifest(folder),
     }
 
@@ -141,8 +144,9 @@ def _counts(title: str, values: dict[str, Any]) -> Any:
 
 
 def _provenance(show: Any, manifest: dict[str, Any]) -> None:
-    show("\n[bold]provenance[/]")
-    show(f"  made by tpvc {manifest.get('tpvc')} from {manifest.get('source', {}).get('name')}", markup=False)
+    """What was made from what: an export, then the artefact that it was made from."""
+    source = manifest.get("source", {})
+    show(f"  made by tpvc {manifest.get('tpvc')} from {source.get('name')}", markup=False)
     if manifest.get("passes"):
         names = [f"{p['name']} ({p['grid']})" for p in manifest["passes"]]
         show(f"  passes: {', '.join(names)}", markup=False)
@@ -150,3 +154,5 @@ def _provenance(show: Any, manifest: dict[str, Any]) -> None:
     for name, value in (manifest.get("calibration") or {}).items():
         if isinstance(value, str | int | float):
             show(f"  calibration {name}: {value}", markup=False)
+    if source.get("manifest"):
+        _provenance(show, source["manifest"])

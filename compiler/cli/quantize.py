@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from tpvc.compiler import units
 from tpvc.compiler.cli import console
 from tpvc.compiler.errors import TpvcError
 
@@ -24,13 +25,15 @@ def grid_options(
         if match is None:
             raise TpvcError(
                 f"unknown scheme '{scheme}': expected W2A16 to W8A16 (weights of 2 to 8 bits, float activations) "
-                "or W4A16_ASYM; or use --bits"
+                "or W2A16_ASYM to W8A16_ASYM (with zero points); or use --bits"
             )
         if bits is not None and bits != int(match[1]):
             raise TpvcError(f"--scheme {scheme} and --bits {bits} contradict each other; give one of them")
-        if match[2] and symmetric:
-            raise TpvcError(f"--scheme {scheme} and --sym contradict each other; give one of them")
-        bits = int(match[1])
+        named = match[2] is None
+        if symmetric is not None and symmetric != named:
+            typed = "--sym" if symmetric else "--asym"
+            raise TpvcError(f"--scheme {scheme} and {typed} contradict each other; give one of them")
+        bits, symmetric = int(match[1]), named
     bits = 4 if bits is None else bits
     if not 2 <= bits <= 8:
         raise TpvcError(f"found {bits} bits, expected 2 to 8; choose with --bits or --scheme")
@@ -69,11 +72,17 @@ OUT is a checkpoint that transformers loads as it stands (compressed-tensors), w
 (what was done, to what, with which hashes) and report.html (error of every block).
 A run that was interrupted goes on after its last finished block when the same command is
 given again; the same command gives the same bytes.
+A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
 """,
 )
 @click.argument("model")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--scheme", metavar="W4A16", help="Bits by name: W2A16 to W8A16; the same as --bits.")
+@click.option(
+    "--scheme",
+    metavar="W4A16",
+    help="Bits and zero points by name, as compressed-tensors has them: W4A16 is --bits 4 --sym, W4A16_ASYM is "
+    "--bits 4 --asym; W2 to W8.",
+)
 @click.option("--bits", type=int, help="Bits a weight, 2 to 8.  [default: 4]")
 @click.option(
     "--group-size",
@@ -81,7 +90,12 @@ given again; the same command gives the same bytes.
     help="Input columns that share a scale; -1: one scale per output channel; 0: one per tensor.  "
     "[default: the largest of 128, 64 and 32 that divides every weight]",
 )
-@click.option("--sym/--asym", "symmetric", default=None, help="Without or with zero points.  [default: asym]")
+@click.option(
+    "--sym/--asym",
+    "symmetric",
+    default=None,
+    help="Without or with zero points.  [default: asym, or what --scheme says]",
+)
 @click.option(
     "--method",
     type=click.Choice(["flexround", "rtn"]),
@@ -94,7 +108,8 @@ given again; the same command gives the same bytes.
     type=click.Choice(["fast", "default", "best", "paper"]),
     default="default",
     show_default=True,
-    help="How long FlexRound learns; paper: the settings of the publication.",
+    help="How long FlexRound learns, in optimiser steps a block: fast 60, default 200, best 1000, paper 5000 (with "
+    "the publication's other settings too).",
 )
 @click.option(
     "--dataset",
@@ -155,12 +170,12 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
     """What was made, in a few lines."""
     show = console.out().print
     blocks = [b for b in manifest.get("blocks", []) if b.get("error_rtn")]
-    show(f"[bold]{out}[/] written in {console.seconds(took)}, at most {console.size(peak)} of memory")
+    show(f"[bold]{out}[/] written in {units.seconds(took)}, at most {units.size(peak)} of memory")
     sizes = manifest.get("size", {})
     if sizes.get("float_bytes"):
         ratio = sizes["float_bytes"] / sizes["bytes"]
-        before = console.size(sizes["float_bytes"])
-        show(f"  weights   {console.size(sizes['bytes'])}, {ratio:.1f} times smaller than {before}")
+        before = units.size(sizes["float_bytes"])
+        show(f"  weights   {units.size(sizes['bytes'])}, {ratio:.1f} times smaller than {before}")
     if blocks:
         rtn, now = (sum(b[k] for b in blocks) / len(blocks) for k in ("error_rtn", "error"))
         show(f"  error     {now:.4g} of a block's output on average; round-to-nearest {rtn:.4g}")
@@ -169,4 +184,4 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
     for note in manifest.get("notes", []):
         show(f"  note      {note}", markup=False)
     show(f"  report    {out / 'report.html'}")
-    show(f'  next      tpvc run {out} "Hello"    or    tpvc export {out} --to onnx -o {out}-onnx')
+    show(f"  next      {console.run_command(out)}    or    tpvc export {out} --to onnx -o {out}-onnx")

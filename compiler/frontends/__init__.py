@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.output import MANIFEST
 from tpvc.compiler.program import Program
 from tpvc.compiler.verify import verify
 
 DEMO = "smollm2-135m"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+NOT_HUB_FILES = ["consolidated*"]
+"""The weights again, in the layout of their authors' own code."""
 
 
 def load(model: str | Path) -> Program:
@@ -42,11 +45,10 @@ def tokenizer(program: Program) -> Any:
     if program.source is None:
         raise TpvcError("this program has no source directory to take a tokenizer from; load it from a checkpoint")
     directory = program.source.directory
-    for file in program.source.files:
-        if file.lower().endswith(".gguf"):
-            from tpvc.compiler.frontends import gguf
+    if program.source.gguf is not None:
+        from tpvc.compiler.frontends import gguf
 
-            return gguf.tokenizer(directory / file)
+        return gguf.tokenizer(program.source.gguf)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -54,6 +56,17 @@ def tokenizer(program: Program) -> Any:
         raise TpvcError(
             f"{directory} has no usable tokenizer ({reason}); expected tokenizer.json beside the weights"
         ) from error
+
+
+def manifest(program: Program) -> dict[str, Any] | None:
+    """The tpvc.json beside the weights of `program`; None for weights that tpvc did not write."""
+    path = program.source.directory / MANIFEST
+    if program.source.gguf is not None or not path.is_file():
+        return None
+    from tpvc.compiler.frontends.weights import read_json
+
+    found = read_json(path)
+    return found if "tpvc" in found else None
 
 
 def _directory(path: Path, name: str) -> Program:
@@ -72,7 +85,7 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=NOT_HUB_FILES))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and the system's errors
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise TpvcError(

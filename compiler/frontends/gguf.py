@@ -17,7 +17,6 @@ import torch
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import architecture
-from tpvc.compiler.frontends.demo import sha256
 from tpvc.compiler.frontends.gguf_config import config as config_of
 from tpvc.compiler.program import Lazy, Program, Source
 
@@ -66,11 +65,11 @@ class Reader(gguf.GGUFReader):
 
 
 def load(path: Path, name: str) -> Program:
-    """The Program of one GGUF file; nothing but metadata is read. `Source.files` holds the file and its sha256.
+    """The Program of one GGUF file; nothing but metadata is read.
 
     Raises TpvcError for a damaged file, an architecture, a metadata key or a tensor that is not supported.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     reader = _open(path)
     tensors = {t.name: t for t in reader.tensors}
     try:
@@ -102,8 +101,7 @@ def load(path: Path, name: str) -> Program:
         raise TpvcError(f"{path.name}: {error}") from error
     except DAMAGE as error:
         raise TpvcError(f"{path.name}: its metadata is damaged ({error}); download it again") from error
-    source = Source(name, path.resolve().parent, config, {path.name: sha256(path)})
-    return Program(arch.nodes, params, arch.facts, source)
+    return Program(arch.nodes, params, arch.facts, Source(name, path.parent, config, (path,)))
 
 
 def parameter_name(name: str, model_type: str) -> str | None:
@@ -219,7 +217,7 @@ def tokenizer(path: Path):
     from transformers import AutoTokenizer
 
     try:
-        made = AutoTokenizer.from_pretrained(path.resolve().parent, gguf_file=path.name)
+        made = AutoTokenizer.from_pretrained(path.absolute().parent, gguf_file=path.name)
     except Exception as error:  # whatever transformers meets in a damaged vocabulary
         raise TpvcError(f"transformers cannot build the tokenizer of {path.name}: {error}") from error
     if metadata[MODEL] == "gpt2" and split in DIGITS_APART:

@@ -13,7 +13,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import Architecture, architecture
 from tpvc.compiler.frontends.fields import token_ids
 from tpvc.compiler.frontends.integer_weights import PARTS, Quantization, parameter, quantization
-from tpvc.compiler.frontends.weights import FLOATS, Stored, hashes, read_json, same, tensors
+from tpvc.compiler.frontends.weights import FLOATS, Stored, read_json, same, tensors
 from tpvc.compiler.program import Facts, Lazy, Program, Source
 
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
@@ -23,7 +23,7 @@ HEAD = "lm_head.weight"
 
 
 def load(directory: Path, name: str) -> Program:
-    """The model in `directory`; `name` is what the user typed. Reads headers and hashes files, but no weight."""
+    """The model in `directory`; `name` is what the user typed. Reads headers, but no weight."""
     if not (directory / "config.json").is_file():
         raise TpvcError(f"{directory} has no config.json; expected the directory of a Hugging Face checkpoint")
     config = read_json(directory / "config.json")
@@ -33,7 +33,8 @@ def load(directory: Path, name: str) -> Program:
     parts = _by_parameter(found, drawn, directory)
     params = {n: _parameter(n, parts.get(n, {}), drawn, scheme, directory) for n in drawn.shapes}
     facts = _with_generation(drawn.facts, directory)
-    return Program(drawn.nodes, params, facts, Source(name, directory, config, hashes(found, directory)))
+    weights = tuple(sorted({t.path for t in found.values()}))
+    return Program(drawn.nodes, params, facts, Source(name, directory, config, weights))
 
 
 def _by_parameter(found: Mapping[str, Stored], drawn: Architecture, directory: Path) -> dict[str, dict[str, Stored]]:

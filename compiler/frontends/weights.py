@@ -5,7 +5,6 @@ Only headers are read when a directory is opened. Pickle files (.bin, .pt) can r
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -97,15 +96,6 @@ def tensors(directory: Path) -> dict[str, Stored]:
         if name not in found or found[name].path != directory / shard:
             raise TpvcError(f"{directory / INDEX} says that '{name}' is in '{shard}', which does not hold it")
     return found
-
-
-def hashes(found: dict[str, Stored], directory: Path) -> dict[str, str]:
-    """{file name relative to `directory`: sha256} of the files that hold `found`."""
-    result = {}
-    for path in sorted({t.path for t in found.values()}):
-        with open(path, "rb") as file:
-            result[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return result
 
 
 def _opened(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Progress in a log file, numbers for people, JSON that is legal."""
+"""Progress in a log file, JSON that is legal, help."""
 
 import json
 
@@ -23,11 +23,6 @@ def test_a_terminal_gets_one_bar_a_stage(monkeypatch, capsys):
         bars("flexround", 1, 4, "block 0")
     err = capsys.readouterr().err
     assert "load" in err and "1/4" in err and "left" in err
-
-
-def test_numbers_for_people():
-    assert [console.size(n) for n in (12, 1_500, 12_345_678, 3.2e12)] == ["12 B", "1.5 kB", "12.3 MB", "3200.0 GB"]
-    assert [console.seconds(s) for s in (0.0123, 3.21, 754, 7322)] == ["12 ms", "3.2 s", "12 min 34 s", "2 h 2 min"]
 
 
 def test_json_has_no_nan(capsys):

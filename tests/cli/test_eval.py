@@ -56,6 +56,10 @@ def test_one_window_has_no_error(ok, artefact, text):
     assert ok("eval", artefact, "--text", text, "--windows", 1, "--seqlen", 32)["stderr"] is None
 
 
+def test_help_tells_how_slow_a_folder_is(tpvc):
+    assert "token by token" in tpvc("eval", "--help").stdout
+
+
 def test_bad_input(refused, artefact, text, tmp_path):
     assert "tokens" in refused("eval", artefact, "--text", text, "--windows", 1000, "--seqlen", 32)
     assert "context" in refused("eval", artefact, "--text", text, "--windows", 1, "--seqlen", 1000)

@@ -35,6 +35,25 @@ def test_folder(ok, exported):
     assert found["facts"]["context_length"] == 256
 
 
+def test_folder_tells_the_model_it_was_made_from(ok, tpvc, exported, artefact, tiny_llama):
+    source = ok("inspect", exported)["provenance"]["source"]
+    assert source["name"] == str(artefact)
+    assert source["manifest"]["source"]["name"] == str(tiny_llama)
+    assert source["manifest"]["options"]["method"] == "rtn"
+    assert "blocks" not in source["manifest"]
+    said = tpvc("inspect", exported).stdout
+    assert f"from {artefact}" in said and f"from {tiny_llama}" in said
+    assert "RoundToNearest (W4 g32 asymmetric)" in said
+
+
+def test_no_weight_is_read(ok, artefact, tiny_llama, monkeypatch):
+    from tpvc.compiler import program
+
+    monkeypatch.setattr(program, "sha256", lambda path: 1 / 0)
+    for target in (tiny_llama, artefact):
+        assert list(ok("inspect", target)["files"]) == ["model.safetensors"]
+
+
 def test_tables(tpvc, artefact, exported):
     listed = tpvc("inspect", artefact, "--all")
     assert listed.exit_code == 0, listed.stderr

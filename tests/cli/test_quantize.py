@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +26,12 @@ def files(folder):
     ("typed", "grid"),
     [
         ((None, None, None, None), (4, None, False)),
+        (("W4A16", None, 128, None), (4, 128, True)),
         (("W4A16", None, 128, True), (4, 128, True)),
         (("w3a16_asym", None, -1, None), (3, -1, False)),
-        (("W8A16", 8, 0, False), (8, 0, False)),
+        (("W8A16_ASYM", 8, 0, False), (8, 0, False)),
         ((None, 2, 64, None), (2, 64, False)),
+        ((None, None, None, True), (4, None, True)),
     ],
 )
 def test_grid_options(typed, grid):
@@ -42,13 +46,46 @@ def test_grid_options(typed, grid):
         (("W1A16", None, None, None), "found 1 bits, expected 2 to 8"),
         (("W4A8", None, None, None), "unknown scheme 'W4A8'"),
         (("W4A16", 3, None, None), "contradict"),
-        (("W4A16_ASYM", None, None, True), "contradict"),
+        (("W4A16_ASYM", None, None, True), "W4A16_ASYM and --sym contradict"),
+        (("W4A16", None, None, False), "W4A16 and --asym contradict"),
         ((None, None, -2, None), "found group size -2"),
     ],
 )
 def test_grid_options_refuse(typed, says):
     with pytest.raises(TpvcError, match=says):
         grid_options(*typed)
+
+
+def test_a_scheme_is_named_as_compressed_tensors_names_it():
+    """Its own presets say which of the two has no zero points."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    for name in ("W4A16", "W4A16_ASYM", "W8A16"):
+        theirs = preset_name_to_scheme(name, ["Linear"]).weights
+        ours = grid_options(name, None, None, None)
+        assert (ours["bits"], ours["symmetric"]) == (theirs.num_bits, theirs.symmetric)
+
+
+def test_help_tells_the_steps_of_every_recipe():
+    from tpvc.compiler.cli.quantize import command
+    from tpvc.passes.flexround import RECIPES
+
+    (option,) = (p for p in command.params if p.name == "recipe")
+    assert set(option.type.choices) == set(RECIPES)
+    assert re.findall(r"(\w+) (\d+)", option.help) == [(name, str(r.steps)) for name, r in RECIPES.items()]
+
+
+def test_next_step_is_raw_without_a_chat_template(tpvc, tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    for model, tail in ((tiny_llama, ""), (tmp_path / "model", " --raw")):
+        out = tmp_path / f"w4{tail.strip()}"
+        result = tpvc("quantize", model, "-o", out, "--method", "rtn")
+        assert result.exit_code == 0, result.stderr
+        assert f'tpvc run {out} "Hello"{tail}    or' in result.stdout
+        result = tpvc("export", out, "-o", f"{out}-onnx")
+        assert result.exit_code == 0, result.stderr
+        assert f'tpvc run {out}-onnx "Hello"{tail}    or' in result.stdout
 
 
 def test_rtn_leaves_an_artefact(ok, tiny_llama, tmp_path):

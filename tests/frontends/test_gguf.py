@@ -239,12 +239,12 @@ def test_every_type_is_dequantised_as_the_package_does(tmp_path, kind):
 
 
 def test_source_facts_and_version_2(tmp_path):
-    write(tmp_path / "m.gguf", oracle("llama-tied"), version=2)
+    write(tmp_path / "blob", oracle("llama-tied"), version=2)
+    (tmp_path / "m.gguf").symlink_to(tmp_path / "blob")  # as in the cache of the hub's client
     program = gguf.load(tmp_path / "m.gguf", "the name")
     digest = hashlib.sha256((tmp_path / "m.gguf").read_bytes()).hexdigest()
-    assert program.source.name == "the name"
-    assert program.source.directory == tmp_path
-    assert program.source.files == {"m.gguf": digest}
+    assert (program.source.name, program.source.gguf) == ("the name", tmp_path / "m.gguf")
+    assert (program.source.directory, program.source.files) == (tmp_path, {"m.gguf": digest})
     config = program.source.config
     assert config["rms_norm_eps"] == 1e-5
     assert config["tie_word_embeddings"] is True

@@ -122,7 +122,9 @@ def test_source_and_facts(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2], "pad_token_id": 5}))
     program = load(tmp_path)
     digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert program.source.weights == (tmp_path / "model.safetensors",)
     assert program.source.files == {"model.safetensors": digest}
+    assert program.source.gguf is None
     assert program.source.config["model_type"] == "llama"
     assert (program.facts.eos, program.facts.pad, program.facts.layers) == ((7, 2), 5, 2)
 

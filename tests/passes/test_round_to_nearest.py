@@ -70,3 +70,11 @@ def test_rows_in_chunks_equal_rows_at_once(monkeypatch):
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.scale, parts.scale)
     assert torch.equal(whole.zero, parts.zero)
+
+
+def test_small_scales_of_float16_checkpoints_are_not_coarsened():
+    """Rows whose scale is below float16's normal numbers keep a grid within a few percent of the one they need."""
+    w = weights() * 0.002
+    half, whole = quantize(w, Grid(8, -1, False), torch.float16), quantize(w, Grid(8, -1, False))
+    assert float(whole.scale.max()) < torch.finfo(torch.float16).tiny
+    assert float(((half.scale - whole.scale) / whole.scale).abs().max()) < 2**-5

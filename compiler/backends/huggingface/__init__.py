@@ -43,7 +43,7 @@ def emit(
 
 def _generation(program: Program, directory: Path) -> None:
     given = program.source.directory / "generation_config.json"
-    if given.is_file():
+    if program.source.gguf is None and given.is_file():
         shutil.copyfile(given, directory / given.name)
         return
     facts = program.facts

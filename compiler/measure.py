@@ -1,0 +1,122 @@
+"""Measure any target, a Program or a folder for ONNX Runtime GenAI, against the original it was made from.
+
+Every target computes in its own runtime; the protocol is that of tpvc.compiler.evaluate.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpvc.compiler import chat, frontends, interpret
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.evaluate import Perplexity, Predictor, encode, pieces, predictor, read_text, score, text_windows
+from tpvc.compiler.progress import Progress, silent
+
+HELD_OUT = Path(__file__).with_name("held_out.txt")
+"""An original English text of about 1,600 tokens that no calibration set of ours holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A target that is loaded; `tokenizer` is a transformers one."""
+
+    target: str
+    tokenizer: Any
+    predictor: Predictor
+
+
+def measure(
+    target: str | Path,
+    text: str | Path | None = None,
+    *,
+    against: str | Path | None = None,
+    windows: int | None = None,
+    seqlen: int | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Perplexity of `target` (a GenAI folder, or whatever `tpvc.load` takes), and its distance from an original.
+
+    text     a UTF-8 file whose first windows * seqlen tokens are used; without one, a short built-in English text
+    against  the original: it is measured on the same tokens, and `target` is compared with it
+    windows  by default 40, or as many as the built-in text holds
+    seqlen   tokens a window; by default 512, or 128 for the built-in text, and never more than the model's context
+
+    {"text", "windows", "seqlen", "target", "perplexity", "stderr"}, and with an original "against": {"target",
+    "perplexity", "stderr", "kl" (mean KL(original || target), nats a token), "top1" (share of the same likeliest
+    token)}. The standard errors are over windows, nan for one. TpvcError for what cannot be loaded or compared, and
+    for a text or a context that is too short. A folder that gives the last token's logits only is run token by token.
+    """
+    threads = threads or chat.cores()
+    names = [str(target), *([str(against)] if against else [])]
+    subjects = []
+    for i, name in enumerate(names):
+        progress("load", i, len(names), name)
+        subjects.append(open_subject(name, threads))
+    progress("load", len(names), len(names), "")
+    tokens = windows_of(subjects[0], text, windows, seqlen)
+    found = compare(subjects[0], subjects[1] if against else None, tokens, progress)
+    return {"text": str(text) if text else "built-in", "windows": len(tokens), "seqlen": tokens.shape[1], **found}
+
+
+def open_subject(target: str, threads: int) -> Subject:
+    """Load `target` for measuring. Weights stay in memory when they take less than a quarter of it."""
+    torch.set_num_threads(threads)
+    if chat.is_genai(target):
+        return Subject(target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads)))
+    program = frontends.load(target)
+    floats = 4 * sum(math.prod(p.shape) for p in program.params.values())
+    small = 4 * floats < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    weight = interpret.in_memory(program) if small else interpret.from_files(program)
+    return Subject(target, frontends.tokenizer(program), predictor(program, weight))
+
+
+def _runtime(engine: chat.Engine) -> Predictor:
+    """An engine as score takes it: a window at a time."""
+
+    def logits(tokens: Tensor) -> Iterator[Tensor]:
+        windows = (torch.from_numpy(engine.logits(window.tolist())[:-1]) for window in tokens)
+        return pieces(windows, engine.vocab_size)
+
+    return Predictor(engine.vocab_size, engine.context_length, logits)
+
+
+def windows_of(
+    subject: Subject, text: str | Path | None = None, windows: int | None = None, seqlen: int | None = None
+) -> Tensor:
+    """Windows of `text`, or of the built-in one, int64 [n, L]; TpvcError when they do not fit text or context."""
+    context = subject.predictor.context_length
+    if seqlen is None:
+        seqlen = min(512 if text else 128, context)
+    if seqlen > context:
+        raise TpvcError(f"windows of {seqlen} tokens do not fit the model's context of {context}; lower --seqlen")
+    if windows is None and text is None:
+        windows = max(1, len(encode(subject.tokenizer, read_text(HELD_OUT))) // max(1, seqlen))
+    elif windows is None:
+        windows = 40
+    return text_windows(text or HELD_OUT, subject.tokenizer, windows, seqlen)
+
+
+def compare(
+    subject: Subject, original: Subject | None, tokens: Tensor, progress: Progress | None = None
+) -> dict[str, Any]:
+    """{"target", "perplexity", "stderr"} on tokens int64 [n, L]; with an original also "against", as in `measure`."""
+    reference = original.predictor if original else None
+    found = score(subject.predictor, tokens, reference, progress, f"measure {Path(subject.target).name}")
+    figures = {"target": subject.target, **_figures(found.perplexity)}
+    if original is not None:
+        distance = {"kl": found.divergence.kl, "top1": found.divergence.top1}
+        figures["against"] = {"target": original.target, **_figures(found.reference), **distance}
+    return figures
+
+
+def _figures(perplexity: Perplexity) -> dict[str, float]:
+    return {"perplexity": perplexity.value, "stderr": perplexity.stderr}
