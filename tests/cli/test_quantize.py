@@ -199,6 +199,11 @@ def test_usage_errors_are_one_sentence(refused):
     assert "brew" in refused("brew")
 
 
+def listen_to_interrupts() -> None:
+    """Tests that run in the background of a shell inherit an ignored SIGINT; a terminal's foreground does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_leaves_nothing_and_the_run_goes_on(tiny_llama, tmp_path):
     """Ctrl-C in the second of two blocks: exit code 130, one sentence; the same command then ends well."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
@@ -206,7 +211,14 @@ def test_interrupt_leaves_nothing_and_the_run_goes_on(tiny_llama, tmp_path):
     main = [sys.executable, "-P", "-c", "from tpvc.compiler.cli import main; main()"]
     options = ["--dataset", text, "--nsamples", 16, "--seqlen", 16, "--iters", 200, "--group-size", 32]
     command = [str(a) for a in [*main, "quantize", tiny_llama, "-o", out, *options]]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=listen_to_interrupts,
+    )
     first = tmp_path / "out.partial" / "blocks" / "block-00000.safetensors"
     deadline = time.monotonic() + 120
     while not first.exists() and run.poll() is None and time.monotonic() < deadline:

@@ -64,8 +64,8 @@ def test_a_row_with_one_scale_may_be_ragged(columns):
         (Grid(4, 12, False), 192, 4, 16, 16),
         (Grid(4, 24, False), 192, 4, 32, 32),
         (Grid(4, -1, False), 576, 4, 64, 576),  # 5 blocks of 128 would take more bytes than 9 of 64
-        (Grid(8, -1, True), 512, 8, 32, 512),
-        (Grid(6, 0, True), 1536, 8, 32, 1536),
+        (Grid(8, -1, True), 512, 8, 64, 512),
+        (Grid(6, 0, True), 1536, 8, 64, 1536),
     ],
     ids=str,
 )
