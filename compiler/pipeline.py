@@ -41,7 +41,7 @@ def quantize(
     steps: int | None = None,
     dataset: str = "builtin",
     nsamples: int = 128,
-    seqlen: int = 256,
+    seqlen: int | None = None,
     head_bits: int = 8,
     seed: int = 0,
     device: str = "cpu",
@@ -54,7 +54,7 @@ def quantize(
                             the largest of 128, 64, 32 that divides every weight
     method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration
     recipe, steps           a name in RECIPES; steps overrides its optimiser steps per block
-    dataset, nsamples, seqlen   calibration: see tpvc.compiler.calibration
+    dataset, nsamples, seqlen   calibration: see tpvc.compiler.calibration; seqlen None: 256, or the model's context
     head_bits               8 rounds the head per channel (to nearest); 16 leaves it in float
 
     An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block.
@@ -72,6 +72,7 @@ def quantize(
 
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
     calibration = None
+    seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
     if method == "flexround":
         calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
     options = {
@@ -169,7 +170,7 @@ def scale_dtype(program: Program) -> torch.dtype:
     return program.params[first].dtype
 
 
-def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples: int, seqlen: int) -> None:
+def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples: int, seqlen: int | None) -> None:
     if not 2 <= bits <= 8:
         raise TpvcError(f"bits is {bits}; expected a width from 2 to 8")
     if method not in ("flexround", "rtn"):
@@ -178,7 +179,7 @@ def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples
         raise TpvcError(f"recipe is '{recipe}'; expected one of {', '.join(RECIPES)}")
     if head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
         raise TpvcError(f"head bits is {head_bits}; expected 16 (keep the head in float) or a width from 2 to 8")
-    if nsamples < 1 or seqlen < 2:
+    if nsamples < 1 or (seqlen is not None and seqlen < 2):
         raise TpvcError(f"calibration is {nsamples} windows of {seqlen} tokens; expected at least 1 window of 2 tokens")
 
 

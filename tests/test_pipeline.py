@@ -151,6 +151,15 @@ def test_tables_that_share_the_integers_of_the_head_are_not_in_float(tiny_llama,
         assert [e["name"] for e in json.loads((out / "tpvc.json").read_text())["left_in_float"]] == names
 
 
+def test_windows_are_no_longer_than_the_context(tiny_llama, tmp_path):
+    short = tmp_path / "model"
+    shutil.copytree(tiny_llama, short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 48}
+    (short / "config.json").write_text(json.dumps(config))
+    out = quantize(short, tmp_path / "out", **{**OPTIONS, "steps": 1, "seqlen": None})
+    assert json.loads((out / "tpvc.json").read_text())["calibration"]["seqlen"] == 48
+
+
 def test_default_group_divides_every_weight(tiny_llama):
     assert default_group(tpvc.load(tiny_llama)) == 64
 

@@ -118,7 +118,7 @@ A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
     help="Calibration text: builtin, self (written by the model), a text, jsonl, csv or parquet file, or a name.",
 )
 @click.option("--nsamples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text.")
-@click.option("--seqlen", type=click.IntRange(2), default=256, show_default=True, help="Tokens a window.")
+@click.option("--seqlen", type=click.IntRange(2), help="Tokens a window.  [default: 256, or the model's context]")
 @click.option(
     "--head-bits",
     type=click.Choice(["8", "16"]),
