@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.ops import OPS
-from tpvc.compiler.program import Node, Program, QTensor, dense, read
+from tpvc.compiler.program import Node, Program, QTensor, adapter_id, bank_params, dense, read
 
 Weight = Callable[[str], Tensor | QTensor]
 Cache = dict[str, tuple[Tensor, Tensor]]
@@ -24,10 +25,17 @@ def from_files(program: Program) -> Weight:
     return weight
 
 
-def in_memory(program: Program, device: str | torch.device = "cpu") -> Weight:
-    """All parameters dequantised to float32 once: the most speed. Tables that only embed stay as they are stored."""
-    held = {name: _ready(program, name, read(p)) for name, p in program.params.items()}
-    held = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in held.items()}
+def in_memory(program: Program, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Weight:
+    """All parameters dequantised once, to float32 or another `dtype`: the most speed.
+
+    Tables that only embed stay as they are stored when they are integers, and adapters stay in float32.
+    """
+    held, banks = {}, bank_params(program)
+    for name, parameter in program.params.items():
+        value = _ready(program, name, read(parameter))
+        if isinstance(value, Tensor):
+            value = value.to(device, torch.float32 if name in banks else dtype)
+        held[name] = value
     return held.__getitem__
 
 
@@ -65,7 +73,7 @@ def run(
             out = OPS[node.op].compute(*inputs, **params, **node.attrs)
         values[node.name] = out
         for v in node.inputs:
-            if last_use[v] == i and v not in ("positions", "mask"):
+            if last_use[v] == i and v not in ("positions", "mask", "adapter_ids"):
                 values.pop(v, None)
     return out
 
@@ -81,13 +89,31 @@ def logits(
     mask: Tensor | None = None,
     weight: Weight | None = None,
     cache: Cache | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """Logits float32 [B, T, vocab] for int64 `input_ids` [B, T]; `mask` [B, past + T] marks real tokens."""
+    """Logits float32 [B, T, vocab] for int64 `input_ids` [B, T]; `mask` [B, past + T] marks real tokens.
+
+    `adapter_ids` int64 [B] is the adapter of every row, -1 (and None, for all rows) the base model.
+    """
     past = next(iter(cache.values()))[0].shape[2] if cache else 0
     if mask is None:
         mask = torch.ones(input_ids.shape[0], past + input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
     values = {"input_ids": input_ids, "mask": mask.bool(), "positions": positions_of(mask, input_ids.shape[1])}
+    values["adapter_ids"] = checked_ids(program, adapter_ids, input_ids)
     return run(program.nodes, values, weight or from_files(program), cache)
+
+
+def checked_ids(program: Program, adapter_ids: Tensor | None, input_ids: Tensor) -> Tensor:
+    """`adapter_ids` for the rows of `input_ids`; TpvcError for a wrong count or an adapter that does not exist."""
+    rows = len(input_ids)
+    if adapter_ids is None:
+        return torch.full((rows,), -1, device=input_ids.device)
+    ids = adapter_ids.tolist()
+    if adapter_ids.shape != (rows,):
+        raise TpvcError(f"adapter ids have shape {list(adapter_ids.shape)}; expected one for each of {rows} rows")
+    if not all(-1 <= i < len(program.adapters) for i in ids):
+        raise TpvcError(f"adapter ids are {ids}; expected -1 (none) to {len(program.adapters) - 1}")
+    return adapter_ids
 
 
 @torch.no_grad()
@@ -99,13 +125,15 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     stop_at_eos: bool = True,
+    adapter: str | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt` (int64 [T]) one by one; greedy at temperature 0."""
     weight = weight or in_memory(program)
+    ids = torch.tensor([adapter_id(program, adapter)])
     cache: Cache = {}
     step = prompt[None]
     for _ in range(max_new_tokens):
-        last = logits(program, step, weight=weight, cache=cache)[0, -1]
+        last = logits(program, step, weight=weight, cache=cache, adapter_ids=ids)[0, -1]
         if temperature == 0:
             token = int(last.argmax())
         else:

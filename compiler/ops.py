@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpvc.compiler.adapters import road
 from tpvc.compiler.program import QTensor
 
 
@@ -33,9 +34,9 @@ def rms_norm(x: Tensor, *, weight: Tensor, eps: float, plus_one: bool = False) -
 
     With a weight of head_dim entries every head is normalised by itself (Qwen3).
     """
-    groups = x.unflatten(-1, (-1, weight.shape[0]))
+    groups = x.float().unflatten(-1, (-1, weight.shape[0]))
     normed = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + eps)
-    return (normed * (weight + 1 if plus_one else weight)).flatten(-2)
+    return (normed * (weight + 1 if plus_one else weight)).flatten(-2).to(x.dtype)
 
 
 def layer_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, eps: float) -> Tensor:
@@ -55,7 +56,7 @@ def rope(x: Tensor, positions: Tensor, *, head_dim: int, inv_freq: tuple[float, 
     cos, sin = (angle.cos() * magnitude)[..., None, :], (angle.sin() * magnitude)[..., None, :]
     heads = x.unflatten(-1, (-1, head_dim))
     a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).flatten(-2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).flatten(-2).to(x.dtype)
 
 
 def attention(
@@ -132,6 +133,20 @@ def split(x: Tensor, *, groups: int, start: int, stop: int) -> Tensor:
     return x.unflatten(-1, (groups, -1))[..., start:stop].flatten(-2)
 
 
+def rotate(
+    x: Tensor, adapter_ids: Tensor, *, cosine: Tensor, sine: Tensor, group: int, rows: tuple[int, ...]
+) -> Tensor:
+    """RoAd: row b of x [B, T, n] becomes `C * x + S * rot(x)` with the vectors of its adapter; see adapters/road.py.
+
+    cosine and sine are a bank [r, n]; `rows[i]` is the bank's row of adapter i, -1 where that adapter leaves this value
+    alone. Rows with id -1 are the base model's: they are chosen, not multiplied by 1, and so keep every bit.
+    """
+    row = torch.tensor((*rows, -1), device=x.device)[adapter_ids]
+    at = row.clamp(min=0)
+    turned = road.rotate(x, cosine[at][:, None], sine[at][:, None], group)
+    return torch.where((row >= 0)[:, None, None], turned, x)
+
+
 @dataclass(frozen=True)
 class Op:
     """inputs: how many values it takes; params: roles, a trailing ? marks optional ones; attrs: likewise."""
@@ -155,4 +170,5 @@ OPS: dict[str, Op] = {
     "scale": Op(scale, 1, (), ("factor",)),
     "softcap": Op(softcap, 1, (), ("cap",)),
     "split": Op(split, 1, (), ("groups", "start", "stop")),
+    "rotate": Op(rotate, 2, ("cosine", "sine"), ("group", "rows")),
 }

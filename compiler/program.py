@@ -9,6 +9,7 @@ Graph inputs (values that no node produces):
     input_ids   int64 [B, T]    token ids of the new tokens
     positions   int64 [B, T]    position of every new token in its own sequence (padding not counted)
     mask        bool  [B, S]    which of the S = past + T tokens are real; False is padding
+    adapter_ids int64 [B]       which of `Program.adapters` a row wants; -1: none, the base model
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import Any
 
 import torch
 
-INPUTS = ("input_ids", "positions", "mask")
+from tpvc.compiler.adapters.road import Road
+from tpvc.compiler.errors import TpvcError
+
+INPUTS = ("input_ids", "positions", "mask", "adapter_ids")
 
 
 @dataclass(frozen=True)
@@ -169,12 +173,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Program:
-    """`nodes` in order of execution (the last one yields the logits), `params` by checkpoint name."""
+    """`nodes` in order of execution (the last one yields the logits), `params` by checkpoint name.
+
+    adapters  what its `rotate` nodes hold, in the order of their ids; their parameters follow from them
+    """
 
     nodes: tuple[Node, ...]
     params: Mapping[str, Parameter]
     facts: Facts
     source: Source | None = None
+    adapters: tuple[Road, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -202,6 +210,20 @@ class Program:
 def linears(nodes: Iterable[Node]) -> tuple[Node, ...]:
     """The linear nodes among `nodes`: what quantisation is about."""
     return tuple(n for n in nodes if n.op == "linear")
+
+
+def adapter_id(program: Program, name: str | None) -> int:
+    """The id of the adapter called `name`; -1 for None. TpvcError for a name that the program does not have."""
+    names = [a.name for a in program.adapters]
+    if name is not None and name not in names:
+        known = f"it has {', '.join(names)}" if names else "it has none"
+        raise TpvcError(f"the model has no adapter '{name}'; {known}")
+    return -1 if name is None else names.index(name)
+
+
+def bank_params(program: Program) -> frozenset[str]:
+    """Names of the parameters of `rotate` nodes, which no checkpoint holds."""
+    return frozenset(p for n in program.nodes if n.op == "rotate" for p in n.params.values())
 
 
 def sha256(path: Path) -> str:

@@ -72,9 +72,21 @@ def _width(check, program: Program, node: Node, widths: dict[str, int | None]) -
             check(node.attrs["kind"] in ACTIVATIONS, f"unknown kind '{node.attrs['kind']}'")
         case "add" | "mul":
             check(given[0] == given[1], f"adds {given[0]} to {given[1]} features")
+        case "rotate":
+            _check_rotate(check, program, node, given[0])
         case "split":
             return node.attrs["groups"] * (node.attrs["stop"] - node.attrs["start"])
     return given[0]
+
+
+def _check_rotate(check, program: Program, node: Node, width: int | None) -> None:
+    bank, group, rows = tuple(program.params[node.params["cosine"]].shape), node.attrs["group"], node.attrs["rows"]
+    check(node.inputs[1] == "adapter_ids", f"reads '{node.inputs[1]}', expected the program's own 'adapter_ids'")
+    check(tuple(program.params[node.params["sine"]].shape) == bank, "cosine and sine have different shapes")
+    check(len(bank) == 2 and bank[1] == width, f"bank has shape {bank}, its input has {width} features")
+    check(group >= 2 and group % 2 == 0 and width % group == 0, f"groups of {group} do not fit {width} features")
+    check(len(rows) == len(program.adapters), f"has rows for {len(rows)} of {len(program.adapters)} adapters")
+    check(all(-1 <= row < bank[0] for row in rows), f"rows {rows} point outside of a bank of {bank[0]}")
 
 
 def _check_boundaries(program: Program, after: str, block_of: dict[str, int | None]) -> None:

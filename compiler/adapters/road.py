@@ -1,0 +1,189 @@
+"""RoAd, 2D rotary adaptation (Liao and Monz, NeurIPS 2024, arXiv 2409.00119): its algebra, and nothing else.
+
+An adapted linear yields `z = R h` instead of `h = W x + b`, R block-diagonal with 2 x 2 blocks over pairs of outputs.
+Inside every run of G = `group` outputs, output j is paired with j + G/2 (PEFT's half-group pairing; G = 2 is the
+paper's adjacent one). With (lo, hi) the members of a pair, every variant is two vectors C and S of length n (Eq. 3, 4):
+
+    z_lo = C_lo h_lo - S_lo h_hi            z = C * h + S * rot(h),    rot(h)_lo = -h_hi,  rot(h)_hi = h_lo
+    z_hi = C_hi h_hi + S_hi h_lo
+
+    road_1   one alpha, one theta a pair     C = alpha cos theta, S = alpha sin theta, the same for lo and hi
+    road_2   one of each an output           likewise, each output its own
+    road_4   all four entries their own      C = a cos t from one set, S = a sin t from another
+
+theta 0 and alpha 1 are the identity. Everything is kept and multiplied in float32, and rounded once, to the dtype of h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpvc.compiler.errors import TpvcError
+
+STORED = {"road_1": 0.5, "road_2": 1, "road_4": 2}
+"""Numbers in theta, and as many in alpha, for every output of a linear."""
+
+ROWS_AT_ONCE = 64
+"""Rows folded together: bounds the working memory of a large matrix."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """The adapter of one linear: `theta` (radians) and `alpha`, float32 [m] in PEFT's order, m = n/2, n or 2n.
+
+    road_1: pair after pair; road_2: output after output; road_4: for every group its G numbers for C, then G for S.
+    """
+
+    variant: str
+    group: int
+    theta: Tensor
+    alpha: Tensor
+
+    @property
+    def features(self) -> int:
+        """n, the outputs of the linear."""
+        return int(len(self.theta) / STORED[self.variant])
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """C and S, float32 [n]."""
+        return vectors(self.variant, self.group, self.theta, self.alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class Road:
+    """An adapter: a rotation for some linears of a model, by the name of the linear node.
+
+    origin  where it came from, for the manifest: {"directory", "sha256", ...}
+    """
+
+    name: str
+    rotations: Mapping[str, Rotation]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainables(self) -> int:
+        """theta and alpha of every linear, as publications count them: n, 2n or 4n a linear."""
+        return sum(len(r.theta) + len(r.alpha) for r in self.rotations.values())
+
+
+def identity(variant: str, group: int, features: int) -> Rotation:
+    """theta 0, alpha 1: z = h. TpvcError for an unknown variant or a group that does not fit."""
+    check_layout(variant, group, features)
+    m = int(features * STORED[variant])
+    return Rotation(variant, group, torch.zeros(m), torch.ones(m))
+
+
+def check_layout(variant: str, group: int, features: int, where: str = "the linear") -> None:
+    """Refuse a variant that does not exist, and a group that is odd or does not divide the outputs."""
+    if variant not in STORED:
+        raise TpvcError(f"RoAd variant is '{variant}'; expected one of {', '.join(STORED)}")
+    if group < 2 or group % 2:
+        raise TpvcError(f"RoAd group size is {group}; expected an even number, at least 2")
+    if features % group:
+        raise TpvcError(
+            f"RoAd group size {group} does not divide the {features} outputs of {where};"
+            f" the largest that fits is {gcd(features, group) if gcd(features, group) % 2 == 0 else 'none'}"
+        )
+
+
+def vectors(variant: str, group: int, theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """C and S [n] of theta and alpha [m]; differentiable."""
+    cosine, sine = alpha * theta.cos(), alpha * theta.sin()
+    if variant == "road_1":
+        return tuple(v.view(-1, 1, group // 2).expand(-1, 2, -1).reshape(-1) for v in (cosine, sine))
+    if variant == "road_4":
+        return cosine.view(-1, 2, group)[:, 0].reshape(-1), sine.view(-1, 2, group)[:, 1].reshape(-1)
+    return cosine, sine
+
+
+def rot(h: Tensor, group: int) -> Tensor:
+    """[..., n]: minus the partner for the first half of every group, the partner for the second."""
+    halves = h.unflatten(-1, (-1, 2, group // 2))
+    return torch.stack((-halves[..., 1, :], halves[..., 0, :]), -2).flatten(-3)
+
+
+def rotate(h: Tensor, cosine: Tensor, sine: Tensor, group: int) -> Tensor:
+    """`C * h + S * rot(h)` for h [..., n]; computed in the wider dtype, given back in that of h."""
+    x = h.to(torch.promote_types(h.dtype, cosine.dtype))
+    return (cosine * x + sine * rot(x, group)).to(h.dtype)
+
+
+def fold_(weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
+    """In place: W [n, k] becomes R W, the bias [n] R b. Any float dtype; products in float32, rounded once.
+
+    R is never built; the working memory is a few rows.
+    """
+    cosine, sine = (v.to(weight.device) for v in rotation.vectors)
+    for matrix in (weight,) if bias is None else (weight, bias[:, None]):
+        for lo, hi in _pairs(len(matrix), rotation.group):
+            a, b = matrix[lo].float(), matrix[hi].float()
+            low, high = cosine[lo, None] * a - sine[lo, None] * b, cosine[hi, None] * b + sine[hi, None] * a
+            matrix[lo], matrix[hi] = low.to(matrix.dtype), high.to(matrix.dtype)
+
+
+def unfold_(weight: Tensor, bias: Tensor | None, rotation: Rotation, where: str) -> None:
+    """In place: the inverse of `fold_` in closed form, `det = C_lo C_hi + S_lo S_hi` a pair.
+
+    TpvcError that names the pair where det is 0 in float32: nothing brings such weights back.
+    """
+    cosine, sine = (v.to(weight.device) for v in rotation.vectors)
+    for lo, hi in _pairs(len(weight), rotation.group):
+        det = cosine[lo] * cosine[hi] + sine[lo] * sine[hi]
+        if not bool((det.abs() > torch.finfo(torch.float32).tiny).all()):
+            bad = int((det.abs() <= torch.finfo(torch.float32).tiny).nonzero()[0])
+            raise TpvcError(
+                f"the rotation of '{where}' is singular at outputs {lo.start + bad} and {hi.start + bad}, so that it"
+                " cannot be taken out again; use the original weights"
+            )
+    for matrix in (weight,) if bias is None else (weight, bias[:, None]):
+        for lo, hi in _pairs(len(matrix), rotation.group):
+            a, b = matrix[lo].float(), matrix[hi].float()
+            det = (cosine[lo] * cosine[hi] + sine[lo] * sine[hi])[:, None]
+            low = (cosine[hi, None] * a + sine[lo, None] * b) / det
+            high = (cosine[lo, None] * b - sine[hi, None] * a) / det
+            matrix[lo], matrix[hi] = low.to(matrix.dtype), high.to(matrix.dtype)
+
+
+def _pairs(features: int, group: int) -> list[tuple[slice, slice]]:
+    """Runs of paired outputs: (lo, hi), at most ROWS_AT_ONCE long."""
+    half = group // 2
+    return [
+        (slice(start, stop), slice(start + half, stop + half))
+        for first in range(0, features, group)
+        for start in range(first, first + half, ROWS_AT_ONCE)
+        for stop in (min(start + ROWS_AT_ONCE, first + half),)
+    ]
+
+
+def adjacent_order(features: int, group: int) -> Tensor:
+    """int64 [n], lo, hi, lo, hi, ...: `rotate(h, R in G)[P] == rotate(h[P], adjacent R)` for P = this order."""
+    return torch.arange(features).view(-1, 2, group // 2).transpose(1, 2).reshape(-1)
+
+
+def regrouped(rotation: Rotation, group: int) -> tuple[Rotation, Tensor]:
+    """(the same rotations for outputs in another order and grouped by `group`, that order P, int64 [n]).
+
+    Exact: a trained adapter belongs to the pairing of its group, so it is the outputs that are relabelled, and whoever
+    reads them must read them in the order P: `rotate(h, old)[P] == rotate(h[P], new)`, bit for bit.
+    """
+    n, old = rotation.features, rotation.group
+    check_layout(rotation.variant, group, n)
+    order = adjacent_order(n, old)[adjacent_order(n, group).argsort()]
+
+    def moved(v: Tensor) -> Tensor:
+        if rotation.variant == "road_1":
+            return v  # pair after pair in either grouping
+        if rotation.variant == "road_2":
+            return v[order]
+        parts = v.view(-1, 2, old)
+        by_output = torch.stack((parts[:, 0].reshape(-1)[order], parts[:, 1].reshape(-1)[order]))
+        return by_output.view(2, -1, group).transpose(0, 1).reshape(-1)
+
+    return Rotation(rotation.variant, group, moved(rotation.theta), moved(rotation.alpha)), order
