@@ -16,8 +16,8 @@ COLOURS = ("var(--plain)", "var(--accent)")
 Value = float | None
 
 
-def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]]) -> str:
-    """Values above 0 per block on a logarithmic axis, at most two series; None and 0 are gaps."""
+def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]], unit: str = "block") -> str:
+    """Values above 0 per block (or another unit) on a logarithmic axis, at most two series; None and 0 are gaps."""
     shown = [v for _, values in series for v in values if v]
     if not shown:
         return ""
@@ -34,7 +34,7 @@ def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]]) 
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts += [
             f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}">'
-            f"<title>block {block}, {escape(name)}: {value:.3g}</title></circle>"
+            f"<title>{unit} {block}, {escape(name)}: {value:.3g}</title></circle>"
             for px, py, block, value in points
         ]
     legend = "".join(
@@ -44,8 +44,8 @@ def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]]) 
     return f'<p class="legend">{legend}</p>' + _svg(parts, WIDTH, HEIGHT)
 
 
-def bars(blocks: Sequence[int], values: Sequence[Value], text: Callable[[Value], str]) -> str:
-    """Values per block as bars from 0; `text` writes a value with its unit."""
+def bars(blocks: Sequence[int], values: Sequence[Value], text: Callable[[Value], str], unit: str = "block") -> str:
+    """Values per block (or another unit) as bars from 0; `text` writes a value with its unit."""
     top = _round_up(max((v for v in values if v), default=0) or 1.0)
     x = _across(blocks)
     width = max(1.5, 0.62 * (WIDTH - LEFT - RIGHT) / len(blocks))
@@ -55,7 +55,7 @@ def bars(blocks: Sequence[int], values: Sequence[Value], text: Callable[[Value],
         tall = span * (value or 0) / top
         parts.append(
             f'<rect x="{x(i) - width / 2:.1f}" y="{TOP + span - tall:.1f}" width="{width:.1f}" height="{tall:.1f}" '
-            f'fill="var(--accent)"><title>block {block}: {escape(text(value))}</title></rect>'
+            f'fill="var(--accent)"><title>{unit} {block}: {escape(text(value))}</title></rect>'
         )
     return _svg(parts, WIDTH, HEIGHT)
 

@@ -28,11 +28,13 @@ def from_files(program: Program) -> Weight:
 def in_memory(program: Program, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Weight:
     """All parameters dequantised once, to float32 or another `dtype`: the most speed.
 
-    Tables that only embed stay as they are stored when they are integers, and adapters stay in float32.
+    Tables that only embed stay integers where float32 on the CPU is asked for; adapters are always float32.
     """
     held, banks = {}, bank_params(program)
     for name, parameter in program.params.items():
         value = _ready(program, name, read(parameter))
+        if isinstance(value, QTensor) and (torch.device(device).type, dtype) != ("cpu", torch.float32):
+            value = value.dequantize()
         if isinstance(value, Tensor):
             value = value.to(device, torch.float32 if name in banks else dtype)
         held[name] = value

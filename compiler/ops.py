@@ -144,7 +144,8 @@ def rotate(
     row = torch.tensor((*rows, -1), device=x.device)[adapter_ids]
     at = row.clamp(min=0)
     turned = road.rotate(x, cosine[at][:, None], sine[at][:, None], group)
-    return torch.where((row >= 0)[:, None, None], turned, x)
+    own = row >= 0
+    return turned if own.all() else torch.where(own[:, None, None], turned, x)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ except ImportError:  # not on Windows
     fcntl = None
 
 MANIFEST = "tpvc.json"
+ADAPTERS = "adapters"
+"""The folder of an artefact that holds its adapters, each under its name."""
 ARTEFACT, BLOCKS, REPLACED, LOCK = "artefact", "blocks", "replaced", "lock"
 """What `OUT.partial` may hold: the artefact being written, a BlockStore, what stood at OUT before, and whose it is."""
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -16,6 +17,7 @@ import torch
 
 import tpvc
 from tpvc.compiler import frontends, report
+from tpvc.compiler.adapters import road_files
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
@@ -24,8 +26,10 @@ from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, read, s
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
+from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_grid
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
+from tpvc.passes.fold_road import FoldRoad
 from tpvc.passes.round_to_nearest import RoundToNearest
 
 
@@ -43,6 +47,8 @@ def quantize(
     nsamples: int = 128,
     seqlen: int | None = None,
     head_bits: int = 8,
+    roads: Mapping[str, str | Path] | None = None,
+    fold: bool = False,
     seed: int = 0,
     device: str = "cpu",
     overwrite: bool = False,
@@ -56,6 +62,8 @@ def quantize(
     recipe, steps           a name in RECIPES; steps overrides its optimiser steps per block
     dataset, nsamples, seqlen   calibration: see tpvc.compiler.calibration; seqlen None: 256, or the model's context
     head_bits               8 rounds the head per channel (to nearest); 16 leaves it in float
+    roads, fold             {name: PEFT directory} of RoAd adapters to be deployed: rounding is learned under them, and
+                            they travel beside the integers, chosen by name or row; or one, folded in before rounding
 
     An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block.
     """
@@ -63,9 +71,16 @@ def quantize(
     check_apart(out, model)
     check_free(out, overwrite)
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
+    if fold and len(roads or {}) != 1:
+        raise TpvcError(f"folding takes exactly one adapter, found {len(roads or {})}; name one, or do not fold")
     progress("load", 0, 1, str(model))
-    program = frontends.load(model)
+    source = program = frontends.load(model)
     tokenizer = frontends.tokenizer(program)
+    adapters = tuple(road_files.read(Path(directory), program, name) for name, directory in (roads or {}).items())
+    adapting: list[BankRoad | FoldRoad] = [BankRoad(adapters)] if adapters else []
+    adapting += [FoldRoad()] if fold else []
+    for rewrite in adapting:
+        program = verify(rewrite(program), after=type(rewrite).__name__)
     grid = Grid(bits, default_group(program) if group is None else group, symmetric)
     check_grid(grid, program, tuple(n for n in program.nodes if n.block is not None))
     progress("load", 1, 1, "")
@@ -81,8 +96,10 @@ def quantize(
         "symmetric": symmetric,
         "method": method,
         "head_bits": head_bits,
-        "scale_dtype": str(scale_dtype(program)).removeprefix("torch."),
+        "scale_dtype": str(scale_dtype(source)).removeprefix("torch."),
     }
+    if adapters:
+        options |= {"roads": {a.name: dict(a.origin) for a in adapters}, "fold": fold}
     if method == "flexround":
         options |= {"recipe": recipe, **asdict(chosen), "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
         options |= {"seed": seed, "device": device}
@@ -91,11 +108,11 @@ def quantize(
         store = BlockStore.open(work / BLOCKS, _fingerprint(program, options, calibration), replace=overwrite)
         if store.finished(0) is None:
             _check_finite(program, progress)
-        passes = _passes(program, grid, options, chosen, calibration, store, progress)
+        passes = _passes(grid, options, chosen, calibration, store, progress)
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
-        manifest, timings = _manifest(program, rounded, store, options, calibration, passes)
+        manifest, timings = _manifest(source, rounded, store, options, calibration, [*adapting, *passes])
         progress("write", 0, 1, str(out))
         huggingface.emit(rounded, work / ARTEFACT, tokenizer, manifest)
         manifest = json.loads((work / ARTEFACT / MANIFEST).read_text(encoding="utf-8"))
@@ -151,7 +168,7 @@ def export(
             manifest["files"] = {
                 p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
             }
-            manifest["versions"] = _versions("onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
+            manifest["versions"] = versions("onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     progress("export", 1, 1, str(out))
     return out
@@ -193,7 +210,6 @@ def _check_finite(program: Program, progress: Progress) -> None:
 
 
 def _passes(
-    program: Program,
     grid: Grid,
     options: dict[str, Any],
     recipe: Recipe,
@@ -202,7 +218,7 @@ def _passes(
     progress: Progress,
 ) -> list[FlexRound | RoundToNearest]:
     """Order is meaning: blocks first, on the float embedding; then the head, which may share its matrix with it."""
-    dtype = scale_dtype(program)
+    dtype = getattr(torch, options["scale_dtype"])
     passes: list[FlexRound | RoundToNearest] = []
     if calibration is not None:
         seed, device = options["seed"], options["device"]
@@ -221,7 +237,7 @@ def _manifest(
     store: BlockStore,
     options: dict[str, Any],
     calibration: Calibration | None,
-    passes: list[FlexRound | RoundToNearest],
+    passes: list[BankRoad | FoldRoad | FlexRound | RoundToNearest],
 ) -> tuple[dict[str, Any], list[float]]:
     """(tpvc.json without anything that differs between two runs of one command, seconds per block)."""
     records = [dict(store.finished(i)[1]) for i in range(program.blocks)]
@@ -241,7 +257,8 @@ def _manifest(
         },
         "options": options,
         "calibration": None if calibration is None else calibration.origin,
-        "passes": [{"name": type(p).__name__, "grid": str(p.grid)} for p in passes],
+        "passes": [_pass_record(p) for p in passes],
+        "adapters": [{"name": a.name, "trainables": a.trainables, **a.origin} for a in rounded.adapters],
         "blocks": records,
         "head": {
             "name": head.name,
@@ -251,9 +268,16 @@ def _manifest(
         },
         "left_in_float": [{"name": n.name, "why": _why_float(program, n)} for n in kept],
         "size": {"float_bytes": sum(math.prod(p.shape) * p.dtype.itemsize for p in program.params.values())},
-        "versions": _versions("torch", "transformers", "safetensors", "compressed-tensors"),
+        "versions": versions("torch", "transformers", "safetensors", "compressed-tensors"),
     }
     return manifest, timings
+
+
+def _pass_record(done: BankRoad | FoldRoad | FlexRound | RoundToNearest) -> dict[str, Any]:
+    record = {"name": type(done).__name__}
+    if isinstance(done, BankRoad):
+        return {**record, "adapters": [a.name for a in done.roads]}
+    return record if isinstance(done, FoldRoad) else {**record, "grid": str(done.grid)}
 
 
 def _why_float(program: Program, node: Node) -> str:
@@ -264,18 +288,21 @@ def _why_float(program: Program, node: Node) -> str:
     return "what follows the last block was kept in float (--head-bits 16)"
 
 
-def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
-    """What a resumed run must share with the interrupted one."""
+def run_identity(program: Program) -> dict[str, Any]:
+    """What a resumed run must share with the interrupted one, whatever it does: model, config and torch's version."""
     return {
-        **options,
         "source": program.source.files,
         "config": hashlib.sha256(json.dumps(program.source.config, sort_keys=True).encode()).hexdigest(),
-        "calibration": None if calibration is None else calibration.origin["sha256"],
-        "versions": _versions("torch"),
+        "versions": versions("torch"),
     }
 
 
-def _versions(*packages: str) -> dict[str, str]:
+def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
+    sha = None if calibration is None else calibration.origin["sha256"]
+    return {**options, **run_identity(program), "calibration": sha}
+
+
+def versions(*packages: str) -> dict[str, str]:
     found = {"python": platform.python_version(), "tpvc": tpvc.__version__}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):

@@ -16,11 +16,16 @@ def write(path: Path, manifest: dict, timings: list[float]) -> None:
 
     Whatever the manifest lacks is left out. TpvcError when the file cannot be written.
     """
+    render(path, "report.html", _facts(manifest, timings))
+
+
+def render(path: Path, template: str, facts: dict) -> None:
+    """Write a page from one of the templates beside this file. TpvcError when it cannot be written."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("tpvc.compiler", "."), autoescape=True, trim_blocks=True)
     environment.filters |= {"size": units.size, "number": number_text, "seconds": units.seconds, "json": json_text}
-    html = environment.get_template("report.html").render(**_facts(manifest, timings))
+    html = environment.get_template(template).render(**facts)
     try:
         path.write_text(html, encoding="utf-8")
     except OSError as error:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from tpvc.compiler import interpret
 from tpvc.compiler.program import Node, Program, QTensor, dense
+from tpvc.compiler.quick import quick_matmul
 from tpvc.compiler.verify import ports
 
 Watch = Callable[[Node, list[Tensor]], None]
@@ -26,20 +26,21 @@ class Block:
         self.device = device
         self.weights = {name: dense(program.params[name]).to(device) for n in self.nodes for name in n.params.values()}
 
-    def output(self, x: Tensor, weights: dict[str, Tensor], watch: Watch | None = None) -> Tensor:
-        """[b, L, D] -> [b, L, D] on the block's device."""
-        values = full_windows(torch.empty(x.shape[:2], device=self.device, dtype=torch.long))
+    def output(self, x: Tensor, weights: dict[str, Tensor], ids: Tensor, watch: Watch | None = None) -> Tensor:
+        """[b, L, D] -> [b, L, D] on the block's device; `ids` int64 [b]: the adapter of every window, -1 for none."""
+        values = full_windows(torch.empty(x.shape[:2], device=self.device, dtype=torch.long), ids.to(self.device))
         return interpret.run(self.nodes, {**values, self.entering: x.to(self.device)}, weights.__getitem__, watch=watch)
 
     def with_rounded(self, rounded: Mapping[str, QTensor]) -> dict[str, Tensor]:
         """The block's weights with some of them replaced by what their integers stand for."""
         return {**self.weights, **{name: q.dequantize().to(self.device) for name, q in rounded.items()}}
 
-    def outputs(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def outputs(self, x: Tensor, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
         """The same over a whole stream, a few windows at a time; the result lies in host memory."""
-        return torch.cat([self.output(part, weights).cpu() for part in x.split(AT_ONCE)])
+        parts = zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True)
+        return torch.cat([self.output(part, weights, own).cpu() for part, own in parts])
 
-    def importance(self, x: Tensor) -> dict[str, Tensor]:
+    def importance(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Mean square of every input feature of every linear, float32 [in], by weight name. Three digits are enough."""
         total: dict[str, Tensor] = {}
 
@@ -50,39 +51,30 @@ class Block:
                 total[name] = total[name] + square if name in total else square
 
         with quick_matmul(True):
-            for part in x.split(AT_ONCE):
-                self.output(part, self.weights, watch)
+            for part, own in zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
+                self.output(part, self.weights, own, watch)
         return {name: value / (x.shape[0] * x.shape[1]) for name, value in total.items()}
 
 
-def full_windows(tokens: Tensor) -> dict[str, Tensor]:
+def full_windows(tokens: Tensor, adapter_ids: Tensor) -> dict[str, Tensor]:
     """Graph inputs for full windows [b, L]: nothing is padding."""
     mask = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
-    return {"input_ids": tokens, "mask": mask, "positions": interpret.positions_of(mask, tokens.shape[1])}
+    positions = interpret.positions_of(mask, tokens.shape[1])
+    return {"input_ids": tokens, "mask": mask, "positions": positions, "adapter_ids": adapter_ids}
 
 
-def embedded(program: Program, windows: Tensor) -> Tensor:
+def embedded(program: Program, windows: Tensor, ids: Tensor) -> Tensor:
     """What enters block 0 for tokens int64 [n, L]: float32 [n, L, D]."""
     weight = interpret.from_files(program)
-    return torch.cat([interpret.run(program.prologue, full_windows(w), weight) for w in windows.split(AT_ONCE)])
+    parts = zip(windows.split(AT_ONCE), ids.split(AT_ONCE), strict=True)
+    return torch.cat([interpret.run(program.prologue, full_windows(w, own), weight) for w, own in parts])
+
+
+def spread(windows: int, adapters: int) -> Tensor:
+    """int64 [n]: -1, 0, .., adapters - 1 in turn, so that the base and every adapter get their share of the windows."""
+    return torch.arange(windows) % (adapters + 1) - 1
 
 
 def relative_error(output: Tensor, target: Tensor) -> float:
     """Squared error over squared target: 0 is exact, 1 is as bad as zeros."""
     return float((output - target).double().square().sum() / target.double().square().sum())
-
-
-@contextmanager
-def quick_matmul(wanted: bool) -> Iterator[None]:
-    """Let float32 matrix products multiply in bfloat16 and add in float32 where the processor has units for it.
-
-    The products' relative error of 2^-9 is far below the rounding error being repaired at 4 bits and less; at more bits
-    it is not, and nothing is changed.
-    """
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    if wanted:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before

@@ -15,6 +15,9 @@ One block at a time, all its linears jointly:
 with the input from the already rounded prefix and the target from the float prefix; Adam, cosine decay to 0, a
 straight-through gradient for rounding. What is kept is the best of the learned, the starting and the nearest codes on
 calibration windows that no step has seen.
+
+Where adapters stand beside the weights (`rotate` nodes), every window belongs to the base or to one of them, and runs
+with its vectors through all blocks; a step therefore sees a drawn few of them, and one integer base serves them all.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from torch import Tensor
 
 from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.quick import quick_matmul
 from tpvc.compiler.store import BlockStore
-from tpvc.passes.block import AT_ONCE, Block, embedded, quick_matmul, relative_error
+from tpvc.passes.block import AT_ONCE, Block, embedded, relative_error, spread
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.fake_round import FakeRound, learned_codes
 from tpvc.passes.grid import Range, grouped, min_max, on_grid, qtensor
@@ -122,15 +126,16 @@ class FlexRound:
             finished += 1
         if finished == program.blocks:
             return program
+        ids = spread(len(self.windows), len(program.adapters))
         if finished:
             streams = self.store.streams(finished - 1)
             exact, rounded = streams["exact"], streams["rounded"]
         else:
-            exact = rounded = embedded(program, self.windows)
+            exact = rounded = embedded(program, self.windows, ids)
         for index in range(finished, program.blocks):
             self.progress("FlexRound", index, program.blocks, f"block {index}")
             began = time.perf_counter()
-            fit = self._fit(program, index, exact, rounded)
+            fit = self._fit(program, index, exact, rounded, ids)
             exact, rounded = fit.exact, fit.rounded
             record = {**fit.record, "seconds": time.perf_counter() - began}
             params = self.store.save(index, fit.params, record, {"exact": exact, "rounded": rounded})
@@ -140,32 +145,33 @@ class FlexRound:
         return program
 
     @torch.no_grad()
-    def _fit(self, program: Program, index: int, exact: Tensor, rounded: Tensor) -> Fit:
+    def _fit(self, program: Program, index: int, exact: Tensor, rounded: Tensor, ids: Tensor) -> Fit:
         """Learn the rounding of one block and move both streams through it."""
         grid, dtype = self.grid, self.scale_dtype
         block = Block(program, index, self.device)
         nodes = linears(block.nodes)
         weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
-        target = block.outputs(exact, block.weights)
+        target = block.outputs(exact, block.weights, ids)
 
         nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}
         start = nearest
         if self.recipe.searched:
-            importance = block.importance(rounded[: self._training(len(rounded))])
+            seen = slice(0, self._training(len(rounded)))
+            importance = block.importance(rounded[seen], ids[seen])
             start = {name: search(w, importance[name], grid, dtype) for name, w in weights.items()}
         factors = {n: Factors.start(w, start[n], grid, self.recipe.lr_scale == 0) for n, w in weights.items()}
         candidates = {
             "nearest": {n: on_grid(w, nearest[n], grid, dtype) for n, w in weights.items()},
             "searched": {n: on_grid(w, start[n], grid, dtype) for n, w in weights.items()},
         }
-        curve = self._learn(block, factors, rounded, target, index)
+        curve = self._learn(block, factors, rounded, target, ids, index)
         candidates["learned"] = {n: f.frozen(grid, dtype) for n, f in factors.items()}
 
         judged = slice(self._training(len(rounded)), None) if self._held(len(rounded)) else slice(0, AT_ONCE)
-        errors = {
-            kind: relative_error(block.outputs(rounded[judged], block.with_rounded(chosen)), target[judged])
-            for kind, chosen in candidates.items()
-        }
+        errors = {}
+        for kind, chosen in candidates.items():
+            output = block.outputs(rounded[judged], block.with_rounded(chosen), ids[judged])
+            errors[kind] = relative_error(output, target[judged])
         kept = min(errors, key=lambda kind: errors[kind])
         params = candidates[kept]
         rtn = candidates["nearest"]
@@ -179,7 +185,7 @@ class FlexRound:
             "curve": curve,
             "linears": [linear_record(n, params[n.params["weight"]], rtn[n.params["weight"]]) for n in nodes],
         }
-        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params)))
+        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), ids))
 
     def _held(self, windows: int) -> int:
         return min(self.recipe.held_out, windows // 8)
@@ -189,7 +195,9 @@ class FlexRound:
         return windows - self._held(windows)
 
     @torch.enable_grad()
-    def _learn(self, block: Block, factors: dict[str, Factors], rounded: Tensor, target: Tensor, index: int) -> list:
+    def _learn(
+        self, block: Block, factors: dict[str, Factors], rounded: Tensor, target: Tensor, ids: Tensor, index: int
+    ) -> list:
         """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square."""
         recipe, top = self.recipe, 2**self.grid.bits - 1
         if recipe.steps == 0:
@@ -210,7 +218,7 @@ class FlexRound:
                     order = torch.randperm(training, generator=draw).tolist()
                 batch, order = order[: recipe.batch], order[recipe.batch :]
                 weights = {n: f.rounded(top, self.scale_dtype) for n, f in factors.items()}
-                output = block.output(rounded[batch], {**block.weights, **weights})
+                output = block.output(rounded[batch], {**block.weights, **weights}, ids[batch])
                 loss = (output - target[batch].to(self.device)).square().mean() / power
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

@@ -103,16 +103,59 @@ def vectors(variant: str, group: int, theta: Tensor, alpha: Tensor) -> tuple[Ten
     return cosine, sine
 
 
+def halves(t: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(lo, hi): the first and the second members of all pairs, views [..., n / G, G / 2] of t [..., n]."""
+    return t.unflatten(-1, (-1, 2, group // 2)).unbind(-2)
+
+
 def rot(h: Tensor, group: int) -> Tensor:
     """[..., n]: minus the partner for the first half of every group, the partner for the second."""
-    halves = h.unflatten(-1, (-1, 2, group // 2))
-    return torch.stack((-halves[..., 1, :], halves[..., 0, :]), -2).flatten(-3)
+    lo, hi = halves(h, group)
+    return torch.stack((-hi, lo), -2).flatten(-3)
 
 
 def rotate(h: Tensor, cosine: Tensor, sine: Tensor, group: int) -> Tensor:
-    """`C * h + S * rot(h)` for h [..., n]; computed in the wider dtype, given back in that of h."""
+    """`C * h + S * rot(h)` for h [..., n]; computed in the wider dtype, given back in that of h. Differentiable."""
     x = h.to(torch.promote_types(h.dtype, cosine.dtype))
-    return (cosine * x + sine * rot(x, group)).to(h.dtype)
+    return _Rotate.apply(x, cosine, sine, group).to(h.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The product and its gradients written out: nothing but h is kept, and rot(h) is never made.
+
+    dL/dh_lo = C_lo g_lo + S_hi g_hi        dL/dC = sum g h             sums over what C and S are shared by
+    dL/dh_hi = C_hi g_hi - S_lo g_lo        dL/dS = sum g rot(h)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, cosine: Tensor, sine: Tensor, group: int) -> Tensor:
+        ctx.save_for_backward(h, cosine, sine)
+        ctx.group = group
+        out = cosine * h
+        (z_lo, z_hi), (h_lo, h_hi), (s_lo, s_hi) = (halves(t, group) for t in (out, h, sine))
+        z_lo.sub_(s_lo * h_hi)
+        z_hi.add_(s_hi * h_lo)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, cosine, sine = ctx.saved_tensors
+        (g_lo, g_hi), (h_lo, h_hi), (s_lo, s_hi) = (halves(t, ctx.group) for t in (grad, h, sine))
+        d_h = d_cosine = d_sine = None
+        if ctx.needs_input_grad[0]:
+            d_h = cosine * grad
+            d_lo, d_hi = halves(d_h, ctx.group)
+            d_lo.add_(s_hi * g_hi)
+            d_hi.sub_(s_lo * g_lo)
+        if ctx.needs_input_grad[1]:
+            d_cosine = (grad * h).sum_to_size(cosine.shape)
+        if ctx.needs_input_grad[2]:
+            whole = torch.empty_like(grad)
+            d_lo, d_hi = halves(whole, ctx.group)
+            torch.mul(g_lo, h_hi, out=d_lo).neg_()
+            torch.mul(g_hi, h_lo, out=d_hi)
+            d_sine = whole.sum_to_size(sine.shape)
+        return d_h, d_cosine, d_sine, None
 
 
 def fold_(weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
@@ -131,13 +174,16 @@ def fold_(weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
 def unfold_(weight: Tensor, bias: Tensor | None, rotation: Rotation, where: str) -> None:
     """In place: the inverse of `fold_` in closed form, `det = C_lo C_hi + S_lo S_hi` a pair.
 
-    TpvcError that names the pair where det is 0 in float32: nothing brings such weights back.
+    TpvcError that names the pair where det is 0 as far as float32 can tell: the two rows of its block, of lengths r_lo
+    and r_hi, are then parallel within the rounding of their angles (det = r_lo r_hi sin of the angle between them).
     """
     cosine, sine = (v.to(weight.device) for v in rotation.vectors)
     for lo, hi in _pairs(len(weight), rotation.group):
         det = cosine[lo] * cosine[hi] + sine[lo] * sine[hi]
-        if not bool((det.abs() > torch.finfo(torch.float32).tiny).all()):
-            bad = int((det.abs() <= torch.finfo(torch.float32).tiny).nonzero()[0])
+        lengths = torch.hypot(cosine[lo], sine[lo]) * torch.hypot(cosine[hi], sine[hi])
+        singular = ~(det.abs() > 4 * torch.finfo(torch.float32).eps * lengths)
+        if bool(singular.any()):
+            bad = int(singular.nonzero()[0])
             raise TpvcError(
                 f"the rotation of '{where}' is singular at outputs {lo.start + bad} and {hi.start + bad}, so that it"
                 " cannot be taken out again; use the original weights"

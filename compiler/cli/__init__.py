@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from tpvc import __version__
-from tpvc.compiler.cli import bench, demo, eval, export, inspect, quantize, run
+from tpvc.compiler.cli import bench, demo, eval, export, inspect, quantize, road, run
 from tpvc.compiler.errors import TpvcError
 
 INTERRUPTED = 130
@@ -91,7 +91,7 @@ def cli() -> None:
     """Quantise a language model with FlexRound and compile it to the hardware it will run on."""
 
 
-for module in (demo, quantize, export, run, eval, bench, inspect):
+for module in (demo, quantize, export, road, run, eval, bench, inspect):
     cli.add_command(module.command)
 
 

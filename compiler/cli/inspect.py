@@ -40,7 +40,7 @@ def command(target: str, everything: bool, as_json: bool) -> None:
     show(f"[bold]{target}[/]: {facts['kind']}")
     for name, value in facts["facts"].items():
         show(f"  {name:<20} {value}", markup=False)
-    for title in ("grids", "operators", "matmulnbits", "files"):
+    for title in ("grids", "operators", "adapters", "matmulnbits", "files"):
         if facts.get(title):
             show(_counts(title, facts[title]))
     if everything and facts.get("linears"):
@@ -59,7 +59,7 @@ def program_facts(target: str) -> dict[str, Any]:
 
     from tpvc.compiler.chat import parameter_bytes
     from tpvc.compiler.frontends import load, manifest
-    from tpvc.compiler.program import grid_of, linears
+    from tpvc.compiler.program import bank_params, grid_of, linears
 
     program = load(target)
     rows = []
@@ -71,24 +71,31 @@ def program_facts(target: str) -> dict[str, Any]:
     source = program.source
     files = {path.relative_to(source.directory).as_posix(): path.stat().st_size for path in source.weights}
     described = asdict(program.facts)
-    count = sum(prod(p.shape) for p in program.params.values())
+    weights = [p for name, p in program.params.items() if name not in bank_params(program)]
+    count = sum(prod(p.shape) for p in weights)
     described |= {
         "blocks": program.blocks,
         "nodes": len(program.nodes),
         "parameters": f"{count:,}",
         "weights on disk": units.size(sum(files.values())),
-        "bits a weight, loaded": f"{8 * sum(map(parameter_bytes, program.params.values())) / count:.2f}",
+        "bits a weight, loaded": f"{8 * sum(map(parameter_bytes, weights)) / count:.2f}",
     }
     provenance = manifest(program)
     return {
-        "kind": "a quantised artefact of tpvc" if provenance else "a model",
+        "kind": "an artefact of tpvc" if provenance else "a model",
         "facts": described,
         "grids": dict(Counter(row["grid"] for row in rows)),
         "operators": dict(Counter(node.op for node in program.nodes).most_common()),
+        "adapters": {a.name: _adapter(a) for a in program.adapters},
         "linears": rows,
         "files": {name: units.size(count) for name, count in files.items()},
         "provenance": provenance,
     }
+
+
+def _adapter(road: Any) -> str:
+    kinds = sorted({f"{r.variant} in groups of {r.group}" for r in road.rotations.values()})
+    return f"{', '.join(kinds)}, on {len(road.rotations)} linears, {road.trainables:,} numbers"
 
 
 def onnx_facts(folder: Path) -> dict[str, Any]:
@@ -148,7 +155,7 @@ def _provenance(show: Any, manifest: dict[str, Any]) -> None:
     source = manifest.get("source", {})
     show(f"  made by tpvc {manifest.get('tpvc')} from {source.get('name')}", markup=False)
     if manifest.get("passes"):
-        names = [f"{p['name']} ({p['grid']})" for p in manifest["passes"]]
+        names = [f"{p['name']} ({p['grid']})" if "grid" in p else p["name"] for p in manifest["passes"]]
         show(f"  passes: {', '.join(names)}", markup=False)
     show(f"  options: {', '.join(f'{k}={v}' for k, v in manifest.get('options', {}).items())}", markup=False)
     for name, value in (manifest.get("calibration") or {}).items():

@@ -13,6 +13,7 @@ from tpvc.compiler import units
 from tpvc.compiler.cli import console
 from tpvc.compiler.errors import TpvcError
 
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SCHEME = re.compile(r"W(\d+)A16(_ASYM)?", re.IGNORECASE)
 
 
@@ -45,6 +46,21 @@ def grid_options(
     return {"bits": bits, "group": group_size, "symmetric": bool(symmetric)}
 
 
+def named_directories(option: str, given: tuple[str, ...]) -> dict[str, str]:
+    """{name: directory} of ("NAME=DIR", ...); the directory's own name where none is given."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, directory = item.partition("=")
+        if not equals:
+            name, directory = Path(item).name, item
+        if not NAME.fullmatch(name) or name in found:
+            raise TpvcError(
+                f"found {option} {item}, expected NAME=DIR with a name of letters, digits, dots and dashes, each once"
+            )
+        found[name] = directory
+    return found
+
+
 def check_device(device: str) -> None:
     """TpvcError unless torch can compute on `device`. Asks torch only about something else than the CPU."""
     if device == "cpu":
@@ -66,6 +82,8 @@ Examples:
   tpvc quantize ./Qwen2.5-0.5B -o qwen-w3 --bits 3 --group-size 64 --recipe best
   tpvc quantize model.gguf -o out --bits 4 --group-size -1 --dataset my_texts.jsonl
   tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
+  tpvc quantize MODEL -o out --road a=./a --road b=./b   one integer base under two adapters
+  tpvc quantize MODEL -o out --road a=./a --fold         one adapter, in the integers
 
 \b
 OUT is a checkpoint that transformers loads as it stands (compressed-tensors), with tpvc.json
@@ -126,6 +144,14 @@ A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
     show_default=True,
     help="Bits of the output head and of an embedding tied to it; 16 leaves them in float.",
 )
+@click.option(
+    "--road",
+    "road",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A RoAd adapter (PEFT's format) to be deployed; may be repeated. Rounding is learned under all of them.",
+)
+@click.option("--fold", is_flag=True, help="Fold the one adapter into the weights before rounding.")
 @click.option("--iters", type=click.IntRange(1), help="Steps a block, instead of the recipe's.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
@@ -139,6 +165,7 @@ def command(
     group_size: int | None,
     symmetric: bool | None,
     head_bits: str,
+    road: tuple[str, ...],
     iters: int | None,
     as_json: bool,
     **options: Any,
@@ -153,7 +180,7 @@ def command(
     from tpvc.compiler.bench import peak_bytes
     from tpvc.compiler.pipeline import quantize
 
-    options |= {**grid, "head_bits": int(head_bits), "steps": iters}
+    options |= {**grid, "head_bits": int(head_bits), "steps": iters, "roads": named_directories("--road", road)}
     try:
         with console.Bars() as bars:
             _, took = console.measured(lambda: quantize(model, out, progress=bars, **options))
@@ -179,6 +206,8 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
     if blocks:
         rtn, now = (sum(b[k] for b in blocks) / len(blocks) for k in ("error_rtn", "error"))
         show(f"  error     {now:.4g} of a block's output on average; round-to-nearest {rtn:.4g}")
+    for adapter in manifest.get("adapters", []):
+        show(f"  adapter   {adapter['name']}: tpvc run {out} --adapter {adapter['name']}", markup=False)
     for left in manifest.get("left_in_float", []):
         show(f"  in float  {left['name']}: {left['why']}", markup=False)
     for note in manifest.get("notes", []):

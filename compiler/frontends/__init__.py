@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import MANIFEST
+from tpvc.compiler.output import ADAPTERS, MANIFEST
 from tpvc.compiler.program import Program
 from tpvc.compiler.verify import verify
 
@@ -72,7 +72,26 @@ def manifest(program: Program) -> dict[str, Any] | None:
 def _directory(path: Path, name: str) -> Program:
     from tpvc.compiler.frontends import huggingface
 
-    return huggingface.load(path, name)
+    return _with_adapters(huggingface.load(path, name))
+
+
+def _with_adapters(program: Program) -> Program:
+    """The model with the adapters that its own tpvc.json lists; they lie in `adapters` beside the weights."""
+    match manifest(program):
+        case {"adapters": [_, *_] as listed}:
+            pass
+        case _:
+            return program
+    from tpvc.compiler.adapters import road_files
+    from tpvc.passes.bank_road import BankRoad
+
+    names = [entry["name"] for entry in listed if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+    folder = program.source.directory / ADAPTERS
+    if len(names) < len(listed) or any(Path(name).name != name for name in names):
+        raise TpvcError(
+            f"{program.source.directory / MANIFEST} lists adapters without a plain name; expected file names"
+        )
+    return BankRoad(tuple(road_files.read(folder / name, program, name) for name in names))(program)
 
 
 def _gguf(path: Path, name: str) -> Program:

@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def tensors(directory: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint in `directory`, by the name that the files give it."""
     if (directory / SINGLE).is_file():
-        return _header(directory / SINGLE)
+        return stored_in(directory / SINGLE)
     if not (directory / INDEX).is_file():
         _no_weights(directory)
     where = read_json(directory / INDEX).get("weight_map")
@@ -87,7 +87,7 @@ def tensors(directory: Path) -> dict[str, Stored]:
         )
     found: dict[str, Stored] = {}
     for shard in shards:
-        header = _header(directory / shard)
+        header = stored_in(directory / shard)
         twice = found.keys() & header.keys()
         if twice:
             raise TpvcError(f"tensor '{min(twice)}' is in two files of {directory}; expected it in one")
@@ -108,7 +108,7 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def stored_in(path: Path) -> dict[str, Stored]:
     with _opened(path) as file:
         views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is not a dict)
         return {n: Stored(path, n, tuple(v.get_shape()), str(v.get_dtype())) for n, v in views.items()}

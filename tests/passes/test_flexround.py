@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from tpvc.compiler import interpret
+from tpvc.compiler.adapters.road import Road, Rotation
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.program import Grid, Program, QTensor, linears, read
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
-from tpvc.passes.block import Block, embedded
+from tpvc.passes.bank_road import BankRoad
+from tpvc.passes.block import Block, embedded, spread
 from tpvc.passes.flexround import RECIPES, FlexRound
 from tpvc.passes.round_to_nearest import RoundToNearest, quantize
 
@@ -126,14 +128,59 @@ def test_streams_are_the_float_and_the_rounded_prefix(program, tmp_path):
     """After the last block both streams equal the prefixes computed from scratch; block 0 starts from one stream."""
     rounded = flex(tmp_path)(program)
     streams = store(tmp_path).streams(program.blocks - 1)
-    exact = integer = embedded(program, windows())
+    ids = torch.full((len(windows()),), -1)
+    exact = integer = embedded(program, windows(), ids)
     for index in range(program.blocks):
         block = Block(program, index, "cpu")
-        exact = block.outputs(exact, block.weights)
+        exact = block.outputs(exact, block.weights, ids)
         block = Block(rounded, index, "cpu")
-        integer = block.outputs(integer, block.weights)
+        integer = block.outputs(integer, block.weights, ids)
     assert torch.equal(streams["exact"], exact)
     assert torch.equal(streams["rounded"], integer)
+
+
+def adapted(program: Program) -> Program:
+    """`program` with two strong adapters on all linears of its blocks."""
+    draw = torch.Generator().manual_seed(7)
+
+    def rotation(node):
+        half = program.params[node.params["weight"]].shape[0] // 2
+        return Rotation("road_1", 8, torch.randn(half, generator=draw), torch.ones(half))
+
+    inside = [n for n in linears(program.nodes) if n.block is not None]
+    return BankRoad(tuple(Road(name, {n.name: rotation(n) for n in inside}) for name in "ab"))(program)
+
+
+@torch.no_grad()
+def test_every_window_runs_with_its_own_adapter_through_all_blocks(program, tmp_path):
+    """Window by window: the streams are those of the base, of a and of b in turn."""
+    banked = adapted(program)
+    flex(tmp_path)(banked)
+    streams = store(tmp_path).streams(banked.blocks - 1)
+    owners = spread(len(windows()), 2)
+    assert owners[:4].tolist() == [-1, 0, 1, -1]
+    for owner in (-1, 0, 1):
+        own = windows()[owners == owner]
+        exact = embedded(banked, own, torch.full((len(own),), owner))
+        for index in range(banked.blocks):
+            block = Block(banked, index, "cpu")
+            exact = block.outputs(exact, block.weights, torch.full((len(own),), owner))
+        # the same products in batches of other rows: float32 sums of up to 64 terms through 3 blocks of 7 products
+        allowed = 3 * 7 * 64 * 2**-24 * exact.abs().max()
+        assert (streams["exact"][owners == owner] - exact).abs().max() <= allowed
+
+
+@torch.no_grad()
+def test_rounding_under_the_adapters_serves_them_better_than_rounding_without(program, tmp_path):
+    """The error of the logits over both adapters and the base, on tokens that neither run has seen."""
+    banked = adapted(program)
+    under, without = flex(tmp_path / "u")(banked), flex(tmp_path / "w")(program)
+    without = banked.with_params({n: p for n, p in without.params.items() if isinstance(read(p), QTensor)})
+    fresh = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(99))
+    ids = torch.tensor([0, 1]).repeat(6)
+    wanted = interpret.logits(banked, fresh, adapter_ids=ids)
+    errors = [(interpret.logits(p, fresh, adapter_ids=ids) - wanted).square().mean() for p in (under, without)]
+    assert errors[0] < errors[1]
 
 
 def test_same_seed_same_integers_other_seed_others(program, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from tpvc.compiler.backends.huggingface.stream import Piece
 from tpvc.compiler.compressed_tensors_format import Form, entries, quantization_config, to_tensors
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Parameter, Program, QTensor, grid_of, linears, read
+from tpvc.compiler.program import Parameter, Program, QTensor, bank_params, grid_of, linears, read
 
 RUNTIMES = ("transformers", "vllm")
 HEAD = "lm_head"
@@ -40,7 +40,10 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
             readers.setdefault(name, set()).add(node.op)
 
     pieces, modules, notes = [], {}, []
+    beside = bank_params(program)
     for name, param in program.params.items():
+        if name in beside:
+            continue
         module, grid = name.removesuffix(".weight"), grid_of(param)
         embeds, tied = "embed" in readers.get(name, ()), {"embed", "linear"} <= readers.get(name, set())
         form = Form(packed=not embeds, packed_zeros=runtime == "vllm")

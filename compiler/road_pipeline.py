@@ -1,0 +1,193 @@
+"""What is done with trained RoAd adapters: `road_merge`, `road_unmerge` and `road_compose`, each read top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tpvc
+from tpvc.compiler import frontends
+from tpvc.compiler.adapters import compose_road, road_files
+from tpvc.compiler.adapters.road import Road, unfold_
+from tpvc.compiler.backends import huggingface
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published
+from tpvc.compiler.pipeline import versions
+from tpvc.compiler.program import Lazy, Parameter, Program, linears, read
+from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.verify import verify
+from tpvc.passes.bank_road import BankRoad
+from tpvc.passes.fold_road import FoldRoad
+
+KINDS = ("disjoint", "product", "interpolate")
+
+
+def road_merge(
+    model: str | Path,
+    road: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Fold the adapter in the directory `road`, called `name`, into the float weights of `model`: a checkpoint.
+
+    W' = R W and b' = R b, computed in float32 and rounded once, to the dtype that the model stores them in.
+    """
+    return _rewritten("merge", model, road, out, name, overwrite, progress)
+
+
+def road_unmerge(
+    model: str | Path,
+    road: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """The inverse of `road_merge`, in closed form: `model` as it was before the adapter was folded in, up to rounding.
+
+    TpvcError where a rotation is singular. Where the original weights are kept, they are the better source.
+    """
+    return _rewritten("unmerge", model, road, out, name, overwrite, progress)
+
+
+def road_compose(
+    kind: str,
+    roads: Mapping[str, str | Path],
+    model: str | Path,
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """A new adapter of `model` from {name: directory} of trained ones, as a directory that PEFT loads.
+
+    kind     "disjoint", "product" or "interpolate": see tpvc.compiler.adapters.compose_road
+    weights  of interpolate, one for each adapter in order; None: their mean
+    """
+    out = Path(out)
+    if kind not in KINDS:
+        raise TpvcError(f"the kind of composition is '{kind}'; expected one of {', '.join(KINDS)}")
+    if weights is not None and kind != "interpolate":
+        raise TpvcError(f"weights were given for {kind}, which has none; leave them out, or use interpolate")
+    for source in (model, *roads.values()):
+        check_apart(out, source)
+    check_free(out, overwrite)
+    progress("load", 0, 1, str(model))
+    program = frontends.load(model)
+    parts = [road_files.read(Path(directory), program, name) for name, directory in roads.items()]
+    progress("load", 1, 1, "")
+    if kind == "interpolate":
+        weights = [1 / len(parts)] * len(parts) if weights is None else weights
+        made = compose_road.interpolate(out.name, parts, weights)
+    else:
+        made = {"disjoint": compose_road.disjoint, "product": compose_road.product}[kind](out.name, parts)
+    extra = {
+        "tpvc": tpvc.__version__,
+        "origin": dict(made.origin),
+        "adapters": [_record(part) for part in parts],
+        "trainables": made.trainables,
+        "versions": versions("torch", "safetensors"),
+    }
+    with published(out, overwrite) as work:
+        road_files.write(made, work / ARTEFACT, program, extra)
+    return out
+
+
+def _rewritten(
+    direction: str,
+    model: str | Path,
+    directory: str | Path,
+    out: str | Path,
+    name: str | None,
+    overwrite: bool,
+    progress: Progress,
+) -> Path:
+    out, directory = Path(out), Path(directory)
+    for source in (model, directory):
+        check_apart(out, source)
+    check_free(out, overwrite)
+    progress("load", 0, 1, str(model))
+    program = frontends.load(model)
+    tokenizer = frontends.tokenizer(program)
+    road = road_files.read(directory, program, name or directory.name)
+    progress("load", 1, 1, "")
+    folded = verify(FoldRoad()(verify(BankRoad((road,))(program), after="BankRoad")), after="FoldRoad")
+    changed = {n: p for n, p in folded.params.items() if p is not program.params[n]}
+    if direction == "unmerge":  # folding has checked that these weights can be changed; they are not folded
+        changed = _unfolded(program, road)
+    written = folded.with_params(_stored(changed, program, road, direction, progress))
+    manifest = {
+        "tpvc": tpvc.__version__,
+        "artefact": "checkpoint",
+        "source": {
+            "name": program.source.name,
+            "files": program.source.files,
+            "config": dict(program.source.config),
+        },
+        "options": {"road": road.name, "direction": direction},
+        "passes": [
+            {"name": "BankRoad", "adapters": [road.name]},
+            {"name": "FoldRoad" if direction == "merge" else "unfold_road"},
+        ],
+        "road": _record(road),
+        "versions": versions("torch", "transformers", "safetensors"),
+    }
+    with published(out, overwrite) as work:
+        huggingface.emit(written, work / ARTEFACT, tokenizer, manifest)
+    return out
+
+
+def _unfolded(program: Program, road: Road) -> dict[str, Parameter]:
+    """R^-1 W and R^-1 b of every adapted linear, float32, read and unfolded when asked for."""
+
+    def lazy(parameter: Parameter, linear: str) -> Lazy:
+        def make() -> torch.Tensor:
+            value = read(parameter).to(torch.float32, copy=True)
+            unfold_(value.view(len(value), -1), None, road.rotations[linear], linear)
+            return value
+
+        return Lazy(tuple(parameter.shape), torch.float32, make)
+
+    adapted = [n for n in linears(program.nodes) if n.name in road.rotations]
+    for node in adapted:  # singular pairs are found before anything is written
+        rotation = road.rotations[node.name]
+        unfold_(torch.empty(rotation.features, 0), None, rotation, node.name)
+    return {name: lazy(program.params[name], node.name) for node in adapted for name in node.params.values()}
+
+
+def _stored(
+    changed: Mapping[str, Parameter], program: Program, road: Road, direction: str, progress: Progress
+) -> dict[str, Parameter]:
+    """The parameters in the dtype that the model stores them in, which must be able to hold them."""
+    done = 0
+
+    def lazy(name: str, parameter: Parameter) -> Lazy:
+        dtype = program.params[name].dtype
+
+        def make() -> torch.Tensor:
+            nonlocal done
+            value = read(parameter).to(dtype)
+            if not bool(value.isfinite().all()):
+                raise TpvcError(
+                    f"'{name}' leaves {str(dtype).removeprefix('torch.')} when adapter '{road.name}' is"
+                    f" {direction}d; expected finite weights, leave the adapter beside them"
+                )
+            done += 1
+            progress(direction, done, len(changed), name)
+            return value
+
+        return Lazy(tuple(parameter.shape), dtype, make)
+
+    return {name: lazy(name, parameter) for name, parameter in changed.items()}
+
+
+def _record(road: Road) -> dict[str, Any]:
+    return {"name": road.name, "trainables": road.trainables, **road.origin}

@@ -1,0 +1,243 @@
+"""Supervised examples from a user's file: what is asked, what is to be answered, and their tokens.
+
+A record is one line of a .jsonl file or one row of a .csv or .tsv file, by the names of its header. It holds
+
+    prompt, completion    both are taken as they stand
+    text, label           the prompt is a template filled with the record's fields, the completion a space and the label
+
+A template is text with places, "Review: {text}\\nSentiment:", and any field of the record may be named in one. Places
+are replaced, once and by name; what stands in a field is never looked at.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.evaluate import encode
+
+TEMPLATE = "{text}\n"
+"""Of records with a text and without a prompt, where the user gives none."""
+
+PLACE = re.compile(r"\{([^{}\n]+)\}")
+SUFFIXES = (".jsonl", ".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model is given, and what it is to write behind it."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one example. ids[answer:] is the completion, the only part that has loss; answer is at least 1."""
+
+    ids: tuple[int, ...]
+    answer: int
+
+
+def read_examples(
+    path: Path,
+    *,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> list[Example]:
+    """Every example of a file, in order.
+
+    columns  field -> the column that holds it: {"text": "sentence", "label": "class"}
+    labels   value of a label -> what is written for it: {"0": "negative", "1": "positive"}; JSON's true is "true"
+
+    TpvcError, with the line or row, for a file that is missing, damaged or of another type, and for a record that lacks
+    a field or has an empty completion.
+    """
+    path = Path(path)
+    if template is not None and not PLACE.search(template):
+        raise TpvcError(f"the template '{template}' has no place for a field; expected one like '{TEMPLATE.strip()}'")
+    examples = [
+        _example(_renamed(record, columns or {}, where), template, labels, where) for where, record in _records(path)
+    ]
+    if not examples:
+        raise TpvcError(f"{path} holds no record; expected one example a line")
+    return examples
+
+
+def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int, eos: int | None) -> list[Encoded]:
+    """Tokens of every example: those the tokenizer begins a text with, the prompt, the completion, `eos`.
+
+    Prompt and completion are tokenised apart, as when a model is asked the prompt and answers. An example of more than
+    `max_length` tokens loses the beginning of its prompt, never of its answer. TpvcError, with the example's number,
+    where the completion does not fit or nothing stands before it.
+    """
+    if not examples:
+        return []
+    begin = _begin(tokenizer)
+    prompts, completions = (
+        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for texts in ([e.prompt for e in examples], [e.completion for e in examples])
+    )
+    end = [] if eos is None else [eos]
+    made = []
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+        answer = completion + end
+        room = max_length - len(begin) - len(answer)
+        if not begin and not prompt:
+            raise TpvcError(
+                f"example {number} has an empty prompt, and the tokenizer begins no text with a token of its own;"
+                " expected at least one token before the completion"
+            )
+        if room < (not begin):
+            raise TpvcError(
+                f"the completion of example {number} has {len(answer)} tokens, which do not fit into {max_length} with"
+                " one before them; shorten it or allow longer examples"
+            )
+        before = begin + prompt[max(0, len(prompt) - room) :]
+        made.append(Encoded(tuple(before + answer), len(before)))
+    return made
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before plain text of its own accord: its beginning of text, or none."""
+    plain, full = encode(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
+    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, fields) of every record."""
+    if not path.is_file():
+        raise TpvcError(f"there is no file {path}; expected examples to learn from")
+    if path.suffix.lower() not in SUFFIXES:
+        raise TpvcError(f"examples cannot be read from {path}; expected a file of type {', '.join(SUFFIXES)}")
+    try:
+        yield from (_lines if path.suffix.lower() == ".jsonl" else _rows)(path)
+    except UnicodeDecodeError:
+        raise TpvcError(f"{path} is not UTF-8 in line {_undecodable(path)}; expected a text file in UTF-8") from None
+    except OSError as error:
+        raise TpvcError(f"{path} cannot be read ({error.strerror or error}); expected a text file") from error
+
+
+def _undecodable(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number},"
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "nested too deep")
+                raise TpvcError(f"{where} is not JSON ({reason}); expected one record a line") from None
+            if not isinstance(record, dict):
+                raise TpvcError(
+                    f"{where} holds a {type(record).__name__}; expected an object with 'prompt' and 'completion', or"
+                    " 'text' and 'label'"
+                )
+            yield where, record
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(sys.maxsize)
+    number = 0
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            header = next(rows, [])
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise TpvcError(f"{path} has two columns '{twice[0]}'; expected each name once in the header")
+            for cells in rows:
+                if not cells:
+                    continue
+                number += 1
+                where = f"{path}, row {number},"
+                if len(cells) != len(header):
+                    raise TpvcError(f"{where} has {len(cells)} cells; expected {len(header)}, as many as the header")
+                yield where, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise TpvcError(
+                f"{path}, row {number + 1}, cannot be read ({error}); quote cells that hold quotes, or write jsonl"
+            ) from None
+
+
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The record by the names of the fields."""
+    for column in columns.values():
+        if column not in record:
+            raise TpvcError(f"{where} has no column '{column}', it has {_names(record)}; name one of these")
+    taken = set(columns.values())
+    rest = {name: value for name, value in record.items() if name not in taken}
+    return rest | {field: record[column] for field, column in columns.items()}
+
+
+def _example(record: Mapping[str, Any], template: str | None, labels: Mapping[str, str] | None, where: str) -> Example:
+    if "completion" in record:
+        if labels is not None:
+            raise TpvcError(f"{where} has a completion, which words for labels do not apply to; leave one of them out")
+        completion = _text(record, "completion", where)
+    elif "label" in record:
+        completion = " " + _label(record, labels, where)
+    else:
+        wanted = "'completion'" if "prompt" in record and template is None else "'label' or 'completion'"
+        raise TpvcError(f"{where} has no column {wanted}, it has {_names(record)}; name the column that holds it")
+    if not completion.strip():
+        raise TpvcError(f"{where} has an empty completion; expected what the model is to write")
+    if template is None and "prompt" in record:
+        return Example(_text(record, "prompt", where), completion)
+    if template is None and "text" not in record:
+        raise TpvcError(
+            f"{where} has no column 'prompt' or 'text', it has {_names(record)}; name the one that holds it"
+        )
+
+    def value(place: re.Match[str]) -> str:
+        if place[1] not in record:
+            raise TpvcError(f"{where} has no field '{place[1]}' for the template, it has {_names(record)}; use those")
+        return _text(record, place[1], where)
+
+    return Example(PLACE.sub(value, TEMPLATE if template is None else template), completion)
+
+
+def _label(record: Mapping[str, Any], labels: Mapping[str, str] | None, where: str) -> str:
+    """The label in words."""
+    if isinstance(record["label"], float):
+        raise TpvcError(f"{where} has the label {record['label']}; expected text, a whole number, true or false")
+    label = _text(record, "label", where)
+    if labels is None:
+        return label
+    if label not in labels:
+        raise TpvcError(f"{where} has the label '{label}'; expected one of {', '.join(labels)}, or a word for it too")
+    return labels[label]
+
+
+def _text(record: Mapping[str, Any], name: str, where: str) -> str:
+    """A field as text: numbers, true and false as JSON spells them."""
+    value = record[name]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise TpvcError(f"{where} has {json.dumps(value)[:40]} as '{name}'; expected text or a number")
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"'{name}'" for name in record) or "none"

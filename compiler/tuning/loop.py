@@ -1,0 +1,150 @@
+"""The optimiser loop of everything that is tuned: AdamW, linear schedule with warm-up, best by validation, resumable.
+
+The run is cut into stretches of steps. After each the validation set is measured and the state goes to a BlockStore, so
+that a run that was stopped goes on after its last finished stretch, bit for bit: the batch of step s follows from the
+seed and s alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.store import BlockStore
+from tpvc.compiler.tuning.loss import Answers
+
+STRETCHES, LONGEST = 10, 100
+"""A run has this many stretches, more where one would be longer than LONGEST steps."""
+
+TOGETHER = 8
+"""Batches that are made together, of examples of like length."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps of `batch` examples; the rate climbs to `lr` over the first `warmup` (a share) and falls linearly to 0."""
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: float
+    seed: int
+
+    @property
+    def stretch(self) -> int:
+        return min(LONGEST, math.ceil(self.steps / STRETCHES))
+
+    def rate(self, step: int) -> float:
+        rise = max(1, round(self.warmup * self.steps))
+        return self.lr * min((step + 1) / rise, (self.steps - step) / (self.steps - rise + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """best: the parameters with the least validation loss (the start counts too); curve: [[step, training loss], ...];
+    checks: [[step, validation loss, exact share], ...] from step 0 on; step: that of `best`."""
+
+    best: dict[str, Tensor]
+    curve: list[list[float]]
+    checks: list[list[float]]
+    step: int
+
+
+def tune(
+    params: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    lengths: Sequence[int],
+    loss: Callable[[list[int]], Tensor],
+    validate: Callable[[], Answers],
+    schedule: Schedule,
+    store: BlockStore,
+    progress: Progress = silent,
+) -> Tuned:
+    """Lower `loss(indices of the examples of a batch)` by changing `params` in place; AdamW, no weight decay.
+
+    params    leaves that require gradients
+    masks     by the same names, for some of them: 1 where a number may move, 0 where it must not
+    lengths   of all examples in tokens; every epoch sees each once, in an order drawn from the seed
+    """
+    optimizer = torch.optim.AdamW(list(params.values()), lr=schedule.lr, weight_decay=0.0)
+    curve, checks, best, best_step, step, done = [], [], {}, 0, 0, 0
+    while (found := store.finished(done)) is not None:
+        done += 1
+        told = found[1]
+    if done:
+        curve, checks, best_step, step = told["curve"], told["checks"], told["best_step"], told["step"]
+        best = _restore(params, optimizer, store.streams(done - 1))
+    fresh = done == 0
+    while True:
+        if fresh:
+            answers = validate()
+            if not checks or answers.loss < min(c[1] for c in checks):
+                best, best_step = {n: p.detach().clone() for n, p in params.items()}, step
+            checks.append([step, answers.loss, answers.exact])
+            record = {"curve": curve, "checks": checks, "best_step": best_step, "step": step}
+            store.save(done, {}, record, _state(params, optimizer, best))
+            done += 1
+        note = f"validation loss {checks[-1][1]:.4g}, {100 * checks[-1][2]:.1f} % exact"
+        progress("tune", step, schedule.steps, note)
+        if step == schedule.steps:
+            return Tuned(best, curve, checks, best_step)
+        first, total = step, 0.0
+        while step < min(first + schedule.stretch, schedule.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
+            value = loss(batch_indices(lengths, schedule, step))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            for name, mask in masks.items():
+                params[name].grad.mul_(mask)
+            optimizer.step()
+            total += value.item()
+            step += 1
+            progress("tune", step, schedule.steps, f"loss {value.item():.4g}, {note}")
+        curve.append([step, total / (step - first)])
+        fresh = True
+
+
+def batch_indices(lengths: Sequence[int], schedule: Schedule, step: int) -> list[int]:
+    """Which examples step `step` sees; it follows from the seed and the step alone.
+
+    One endless run of shuffled epochs is cut into stacks of TOGETHER batches. In a stack examples of like length go
+    together, which saves padding, and the batches stand in drawn order.
+    """
+    stack, within = divmod(step, TOGETHER)
+    chosen: list[int] = []
+    for place in range(stack * TOGETHER * schedule.batch, (stack + 1) * TOGETHER * schedule.batch):
+        epoch, at = divmod(place, len(lengths))
+        if not chosen or at == 0:
+            order = torch.randperm(len(lengths), generator=_draw(schedule.seed, 2 * epoch)).tolist()
+        chosen.append(order[at])
+    chosen.sort(key=lambda i: lengths[i])
+    first = schedule.batch * int(torch.randperm(TOGETHER, generator=_draw(schedule.seed, 2 * stack + 1))[within])
+    return chosen[first : first + schedule.batch]
+
+
+def _draw(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+def _state(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> dict:
+    state = {f"param/{n}": p for n, p in params.items()} | {f"best/{n}": p for n, p in best.items()}
+    for name, p in params.items():
+        state |= {f"{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
+    return state
+
+
+@torch.no_grad()
+def _restore(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: dict) -> dict[str, Tensor]:
+    """Put a saved state back; returns the best parameters so far."""
+    for name, p in params.items():
+        p.copy_(saved[f"param/{name}"])
+        own = {k: saved[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in saved}
+        if own:
+            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in own.items()}
+    return {name: saved[f"best/{name}"].to(p.device) for name, p in params.items()}
