@@ -25,7 +25,7 @@ import torch
 from tpvc.compiler import frontends, interpret
 from tpvc.compiler.adapters import road_files
 from tpvc.compiler.program import Program, dense
-from tpvc.compiler.quick import quick_matmul
+from tpvc.compiler.quick import quick_linear
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.examples import Encoded, encode_examples, read_examples
 from tpvc.compiler.tuning.loop import Schedule, tune
@@ -132,6 +132,9 @@ def lora(program: Program, paths: dict, task: str, tokenizer, steps: int, lr: fl
     wrapped = peft.get_peft_model(
         model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     )
+    for module in wrapped.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = lambda x, m=module: quick_linear(x, weight=m.weight, bias=m.bias)
     params = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
 
     def logits_of(batch):
@@ -172,41 +175,40 @@ def run(model: str, task: str, method: str, seed: int, args: argparse.Namespace)
     label = f"{args.tag}{task}-{method}-{seed}"
     began = time.perf_counter()
     record = {"task": task, "method": method, "seed": seed, "model": model, "steps": args.steps, "batch": BATCH[task]}
-    with quick_matmul(True):
-        if method == "base":
-            weight = interpret.in_memory(program)
-            found = accuracy(lambda b: answer_logits(program, weight, b), test, choices)
-        elif method == "lora":
-            work = out / "lora" / label
-            logits_of, numbers, result = lora(program, paths, task, tokenizer, args.steps, args.lora_lr, seed, work)
-            record |= {"trained": numbers, "lr": args.lora_lr, "kept_step": result.step}
-            record["validation_loss"] = min(c[1] for c in result.checks)
-            record["train_seconds"] = time.perf_counter() - began
-            found = accuracy(logits_of, test, choices)
-        else:
-            directory = road_tune(
-                model,
-                paths["train"],
-                out / "adapters" / label,
-                validation=paths["validation"],
-                template=TEMPLATES[task],
-                labels=LABELS[task],
-                variant=method,
-                steps=args.steps,
-                batch_size=BATCH[task],
-                lr=args.road_lr,
-                max_length=256,
-                seed=seed,
-                overwrite=True,
-            )
-            record["train_seconds"] = time.perf_counter() - began
-            told = json.loads((directory / "tpvc.json").read_text())
-            record |= {"trained": told["trainables"], "lr": args.road_lr, "kept_step": told["kept_step"]}
-            record["validation_loss"] = min(c[1] for c in told["checks"])
-            adapter = road_files.read(directory, program, label)
-            banked = BankRoad((adapter,))(program)
-            weight = interpret.in_memory(banked)
-            found = accuracy(lambda b: answer_logits(banked, weight, b, adapter=0), test, choices)
+    if method == "base":
+        weight = interpret.in_memory(program)
+        found = accuracy(lambda b: answer_logits(program, weight, b), test, choices)
+    elif method == "lora":
+        work = out / "lora" / label
+        logits_of, numbers, result = lora(program, paths, task, tokenizer, args.steps, args.lora_lr, seed, work)
+        record |= {"trained": numbers, "lr": args.lora_lr, "kept_step": result.step}
+        record["validation_loss"] = min(c[1] for c in result.checks)
+        record["train_seconds"] = time.perf_counter() - began
+        found = accuracy(logits_of, test, choices)
+    else:
+        directory = road_tune(
+            model,
+            paths["train"],
+            out / "adapters" / label,
+            validation=paths["validation"],
+            template=TEMPLATES[task],
+            labels=LABELS[task],
+            variant=method,
+            steps=args.steps,
+            batch_size=BATCH[task],
+            lr=args.road_lr,
+            max_length=256,
+            seed=seed,
+            overwrite=True,
+        )
+        record["train_seconds"] = time.perf_counter() - began
+        told = json.loads((directory / "tpvc.json").read_text())
+        record |= {"trained": told["trainables"], "lr": args.road_lr, "kept_step": told["kept_step"]}
+        record["validation_loss"] = min(c[1] for c in told["checks"])
+        adapter = road_files.read(directory, program, label)
+        banked = BankRoad((adapter,))(program)
+        weight = interpret.in_memory(banked)
+        found = accuracy(lambda b: answer_logits(banked, weight, b, adapter=0), test, choices)
     return {**record, "accuracy": found, "test": len(test)}
 
 

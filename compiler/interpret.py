@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.ops import OPS
+from tpvc.compiler.ops import OPS, Op
 from tpvc.compiler.program import Node, Program, QTensor, adapter_id, bank_params, dense, read
 
 Weight = Callable[[str], Tensor | QTensor]
@@ -54,10 +54,11 @@ def run(
     weight: Weight,
     cache: Cache | None = None,
     watch: Callable[[Node, list[Tensor]], None] | None = None,
+    ops: Mapping[str, Op] = OPS,
 ) -> Tensor:
     """Execute `nodes` over `values` (name -> tensor) and return the value of the last one. Differentiable.
 
-    `watch` is shown every node with its inputs before it is computed.
+    `watch` is shown every node with its inputs before it is computed; `ops` may compute some of them otherwise.
     """
     values = dict(values)
     last_use = {v: i for i, n in enumerate(nodes) for v in n.inputs}
@@ -68,11 +69,11 @@ def run(
             watch(node, inputs)
         if node.op == "attention":
             past = None if cache is None else cache.get(node.name)
-            out, state = OPS["attention"].compute(*inputs, **node.attrs, past=past)
+            out, state = ops["attention"].compute(*inputs, **node.attrs, past=past)
             if cache is not None:
                 cache[node.name] = state
         else:
-            out = OPS[node.op].compute(*inputs, **params, **node.attrs)
+            out = ops[node.op].compute(*inputs, **params, **node.attrs)
         values[node.name] = out
         for v in node.inputs:
             if last_use[v] == i and v not in ("positions", "mask", "adapter_ids"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tpvc.compiler.interpret import Weight, positions_of, run
 from tpvc.compiler.program import Program
+from tpvc.compiler.quick import QUICK
 from tpvc.compiler.tuning.examples import Encoded
 
 
@@ -44,14 +45,17 @@ def batch_of(examples: Sequence[Encoded], device: str = "cpu") -> Batch:
 
 
 def answer_logits(program: Program, weight: Weight, batch: Batch, adapter: int = -1) -> Tensor:
-    """Logits [P, vocab] that predict the answers' tokens, in the order of `batch.targets`; all rows use one adapter."""
+    """Logits [P, vocab] that predict the answers' tokens, in the order of `batch.targets`; all rows use one adapter.
+
+    Linears multiply in bfloat16 and add in float32.
+    """
     head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
     device = batch.ids.device
     values = {"input_ids": batch.ids, "mask": batch.mask, "positions": positions_of(batch.mask, batch.ids.shape[1])}
     every = torch.full((len(batch.ids),), adapter, device=device)
-    hidden = run(program.nodes[:head], {**values, "adapter_ids": every}, weight)[batch.predicts]
+    hidden = run(program.nodes[:head], {**values, "adapter_ids": every}, weight, ops=QUICK)[batch.predicts]
     values = {program.nodes[head].inputs[0]: hidden[None], "adapter_ids": every[:1]}
-    return run(program.nodes[head:], values, weight)[0]
+    return run(program.nodes[head:], values, weight, ops=QUICK)[0]
 
 
 @dataclass(frozen=True)

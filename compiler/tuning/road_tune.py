@@ -16,7 +16,6 @@ from tpvc.compiler.output import ARTEFACT, BLOCKS, check_apart, check_free, publ
 from tpvc.compiler.pipeline import run_identity
 from tpvc.compiler.program import sha256
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.quick import quick_matmul
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning import report, road
 from tpvc.compiler.tuning.examples import Encoded, encode_examples, read_examples
@@ -105,7 +104,7 @@ def road_tune(
     progress("load", 1, 1, "")
 
     began = time.perf_counter()
-    with published(out, overwrite, resumable=True) as work, quick_matmul(True):
+    with published(out, overwrite, resumable=True) as work:
         identity = {**run_identity(program), **options, "data": files, "method": "road"}
         store = BlockStore.open(work / BLOCKS, identity, replace=overwrite)
         result = tune(

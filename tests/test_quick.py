@@ -1,0 +1,49 @@
+"""Quick linears: the same products with less precision, their gradients too, and nothing else."""
+
+import pytest
+import torch
+
+from tpvc.compiler import frontends, interpret
+from tpvc.compiler.ops import OPS
+from tpvc.compiler.quick import QUICK, quick_linear, quick_matmul
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_value_and_gradients_are_those_of_a_linear_up_to_bfloat16(bias):
+    draw = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=draw) for s in ((2, 5, 96), (64, 96), (64,)))
+    g = torch.randn(2, 5, 64, generator=draw)
+    given = [t.clone().requires_grad_() for t in ((x, w, b) if bias else (x, w))]
+    exact = [t.clone().requires_grad_() for t in ((x, w, b) if bias else (x, w))]
+    found = quick_linear(given[0], weight=given[1], bias=given[2] if bias else None)
+    wanted = OPS["linear"].compute(exact[0], weight=exact[1], bias=exact[2] if bias else None)
+    found.backward(g)
+    wanted.backward(g)
+    # both factors rounded to 8 bits: every product is off by at most 2^-8 of its size
+    sizes = (x.abs() @ w.abs().T, g.abs() @ w.abs(), g.flatten(0, 1).abs().T @ x.flatten(0, 1).abs())
+    assert ((found - wanted).abs() <= 2.01 * 2**-8 * sizes[0]).all()
+    for mine, theirs, size in zip(given[:2], exact[:2], sizes[1:], strict=True):
+        assert ((mine.grad - theirs.grad).abs() <= 2.01 * 2**-8 * size).all()
+    if bias:
+        assert torch.equal(given[2].grad, exact[2].grad) or (given[2].grad - exact[2].grad).abs().max() < 1e-5
+
+
+def test_the_setting_is_put_back_also_after_an_error():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), quick_matmul(True):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        1 / 0  # noqa: B018
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_only_linears_are_quick(tiny_llama):
+    assert {name for name in OPS if QUICK[name] is not OPS[name]} == {"linear"}
+    program = frontends.load(tiny_llama)
+    ids = torch.tensor([[5, 9, 200, 7]])
+    values = {"input_ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool), "positions": torch.arange(4)[None]}
+    weight = interpret.in_memory(program)
+    with torch.no_grad():
+        quick = interpret.run(program.nodes, values, weight, ops=QUICK)
+        exact = interpret.run(program.nodes, values, weight)
+    # 15 products, each off by at most 2^-8 of its size
+    assert (quick - exact).abs().max() <= 15 * 2**-8 * exact.abs().max()
