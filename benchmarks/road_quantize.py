@@ -1,4 +1,4 @@
-"""What rounding does to adapters: accuracy of every adapter on its task after W4 per channel, in every way to deploy it.
+"""What rounding does to adapters: accuracy of each on its task after W4 per channel, in every way to deploy it.
 
     python benchmarks/road_tasks.py --data FOLDER -o road_tasks --tasks sst2,trec,rte       # trains the adapters
     python benchmarks/road_quantize.py road_tasks -o road_quantize [--seeds 0,1,2] [--folded 0] [--rows ...]
@@ -39,7 +39,7 @@ ROWS = ("float", "rtn bank", "rtn folded", "bank, without", "bank, under", "fold
 
 
 def figures(program: Program, tokenizer, names: list[str], task_of, data: dict, weight=None) -> dict[str, dict]:
-    """{adapter: {"accuracy", "loss"}} of the adapters in `program`; a program without adapters is the one of names[0]."""
+    """{adapter: {"accuracy", "loss"}} of `names`; those that `program` does not carry are folded into it."""
     weight = weight or interpret.in_memory(program)
     found = {}
     for name in names:

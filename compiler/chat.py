@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.output import ADAPTERS
 
 Prompt = str | list[dict[str, str]]
 """Raw text, or chat messages [{"role": ..., "content": ...}] that go through the model's chat template."""
@@ -69,11 +70,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_engine(target: str, threads: int | None = None) -> Engine:
-    """Load `target`: a GenAI folder, or whatever `tpvc.load` takes. TpvcError when it cannot be loaded."""
+def open_engine(target: str, threads: int | None = None, adapter: str | None = None) -> Engine:
+    """Load `target`: a GenAI folder, or whatever `tpvc.load` takes; with one of its adapters, or as the base model.
+
+    `adapter` is a name, or, except for a GenAI folder, the directory of a RoAd adapter in PEFT's format.
+
+    TpvcError when it cannot be loaded, and for an adapter that it does not have.
+    """
     if is_genai(target):
-        return _genai(Path(target), threads or cores())
-    return _interpreter(target, threads or cores())
+        return _genai(Path(target), threads or cores(), adapter)
+    return _interpreter(target, threads or cores(), adapter)
 
 
 def room(engine: Engine, ids: list[int], wanted: int) -> int:
@@ -88,16 +94,29 @@ def room(engine: Engine, ids: list[int], wanted: int) -> int:
     return min(wanted, free)
 
 
-def _genai(folder: Path, threads: int) -> Engine:
+def adapter_file(folder: Path, name: str) -> Path:
+    """The file of the adapter called `name` in a GenAI folder; TpvcError for one that it does not have."""
+    found = {p.stem: p for p in sorted((folder / ADAPTERS).glob("*.onnx_adapter"))}
+    if name not in found:
+        known = f"it has {', '.join(found)}" if found else "it has none"
+        raise TpvcError(f"the model has no adapter '{name}'; {known}")
+    return found[name]
+
+
+def _genai(folder: Path, threads: int, adapter: str | None) -> Engine:
     import numpy as np
     import onnxruntime_genai as og
 
     facts = genai_facts(folder)
+    file = None if adapter is None else adapter_file(folder, adapter)
     try:
         config = og.Config(str(folder))
         session = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": session}}))
         model = og.Model(config)
+        adapters = og.Adapters(model)
+        if file is not None:
+            adapters.load(str(file), adapter)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise TpvcError(f"{folder}: ONNX Runtime GenAI cannot load this folder: {_first_line(error)}") from error
     eos = facts.get("eos_token_id", [])
@@ -107,6 +126,8 @@ def _genai(folder: Path, threads: int) -> Engine:
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=length, **options)
         generator = og.Generator(model, params)
+        if adapter is not None:
+            generator.set_active_adapter(adapters, adapter)
         generator.append_tokens(np.asarray(ids, np.int32))
         return generator
 
@@ -178,15 +199,16 @@ def _genai_text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]]
     return encode, decoder
 
 
-def _interpreter(target: str, threads: int) -> Engine:
+def _interpreter(target: str, threads: int, adapter: str | None) -> Engine:
     import torch
 
     from tpvc.compiler import interpret
-    from tpvc.compiler.frontends import load, tokenizer
-    from tpvc.compiler.program import grid_of
+    from tpvc.compiler.frontends import load_for, tokenizer
+    from tpvc.compiler.program import adapter_id, grid_of
 
     torch.set_num_threads(threads)
-    program = load(target)
+    program, adapter = load_for(target, adapter)
+    row = torch.tensor([adapter_id(program, adapter)])
     facts = program.facts
     weight = interpret.in_memory(program)
 
@@ -194,11 +216,12 @@ def _interpreter(target: str, threads: int) -> Engine:
         ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stop: bool = True
     ) -> Iterator[int]:
         source = torch.Generator().manual_seed(seed)
-        return interpret.generate(program, torch.tensor(ids), max_new_tokens, weight, temperature, source, stop)
+        prompt = torch.tensor(ids)
+        return interpret.generate(program, prompt, max_new_tokens, weight, temperature, source, stop, adapter)
 
     def logits(ids: list[int]) -> Any:
         with torch.no_grad():
-            return interpret.logits(program, torch.tensor([ids]), weight=weight)[0].numpy()
+            return interpret.logits(program, torch.tensor([ids]), weight=weight, adapter_ids=row)[0].numpy()
 
     text: list[Any] = []
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tpvc.compiler import chat, frontends, interpret
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import Perplexity, Predictor, encode, pieces, predictor, read_text, score, text_windows
+from tpvc.compiler.program import adapter_id
 from tpvc.compiler.progress import Progress, silent
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
@@ -41,6 +42,7 @@ def measure(
     windows: int | None = None,
     seqlen: int | None = None,
     threads: int | None = None,
+    adapter: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Perplexity of `target` (a GenAI folder, or whatever `tpvc.load` takes), and its distance from an original.
@@ -49,34 +51,42 @@ def measure(
     against  the original: it is measured on the same tokens, and `target` is compared with it
     windows  by default 40, or as many as the built-in text holds
     seqlen   tokens a window; by default 512, or 128 for the built-in text, and never more than the model's context
+    adapter  one of the target's adapters, by name, or a PEFT directory: it is measured under that, the original under
+             none
 
-    {"text", "windows", "seqlen", "target", "perplexity", "stderr"}, and with an original "against": {"target",
-    "perplexity", "stderr", "kl" (mean KL(original || target), nats a token), "top1" (share of the same likeliest
-    token)}. The standard errors are over windows, nan for one. TpvcError for what cannot be loaded or compared, and
-    for a text or a context that is too short. A folder that gives the last token's logits only is run token by token.
+    {"text", "windows", "seqlen", "target", "perplexity", "stderr"}, with an adapter "adapter", and with an original
+    "against": {"target", "perplexity", "stderr", "kl" (mean KL(original || target), nats a token), "top1" (share of the
+    same likeliest token)}. The standard errors are over windows, nan for one. TpvcError for what cannot be loaded or
+    compared, for an adapter that the target lacks, and for a text or a context that is too short. A folder that gives
+    the last token's logits only is run token by token.
     """
     threads = threads or chat.cores()
-    names = [str(target), *([str(against)] if against else [])]
+    names = [(str(target), adapter), *([(str(against), None)] if against else [])]
     subjects = []
-    for i, name in enumerate(names):
+    for i, (name, task) in enumerate(names):
         progress("load", i, len(names), name)
-        subjects.append(open_subject(name, threads))
+        subjects.append(open_subject(name, threads, task))
     progress("load", len(names), len(names), "")
     tokens = windows_of(subjects[0], text, windows, seqlen)
     found = compare(subjects[0], subjects[1] if against else None, tokens, progress)
-    return {"text": str(text) if text else "built-in", "windows": len(tokens), "seqlen": tokens.shape[1], **found}
+    protocol = {"text": str(text) if text else "built-in", "windows": len(tokens), "seqlen": tokens.shape[1]}
+    return {**protocol, **({"adapter": adapter} if adapter is not None else {}), **found}
 
 
-def open_subject(target: str, threads: int) -> Subject:
-    """Load `target` for measuring. Weights stay in memory when they take less than a quarter of it."""
+def open_subject(target: str, threads: int, adapter: str | None = None) -> Subject:
+    """Load `target` for measuring, under one of its adapters or as the base model.
+
+    Weights stay in memory when they take less than a quarter of it.
+    """
     torch.set_num_threads(threads)
     if chat.is_genai(target):
-        return Subject(target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads)))
-    program = frontends.load(target)
+        return Subject(target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads, adapter)))
+    program, adapter = frontends.load_for(target, adapter)
+    adapter_id(program, adapter)  # an unknown one is refused before weights are read
     floats = 4 * sum(math.prod(p.shape) for p in program.params.values())
     small = 4 * floats < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     weight = interpret.in_memory(program) if small else interpret.from_files(program)
-    return Subject(target, frontends.tokenizer(program), predictor(program, weight))
+    return Subject(target, frontends.tokenizer(program), predictor(program, weight, adapter))
 
 
 def _runtime(engine: chat.Engine) -> Predictor:

@@ -17,7 +17,6 @@ import torch
 
 import tpvc
 from tpvc.compiler import frontends, report
-from tpvc.compiler.adapters import road_files
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
@@ -76,7 +75,7 @@ def quantize(
     progress("load", 0, 1, str(model))
     source = program = frontends.load(model)
     tokenizer = frontends.tokenizer(program)
-    adapters = tuple(road_files.read(Path(directory), program, name) for name, directory in (roads or {}).items())
+    adapters = frontends.read_roads(program, roads or {})
     adapting: list[BankRoad | FoldRoad] = [BankRoad(adapters)] if adapters else []
     adapting += [FoldRoad()] if fold else []
     for rewrite in adapting:
@@ -128,6 +127,7 @@ def export(
     to: str = "onnx",
     portable: bool = False,
     accuracy_level: int = 4,
+    roads: Mapping[str, str | Path] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -137,6 +137,7 @@ def export(
                     and a tied head laid out as vLLM expects, which transformers cannot read
     accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
     portable        also write a twin in standard ONNX operators
+    roads           {name: PEFT directory} of RoAd adapters to be carried along, for a model that has none yet
     """
     out = Path(out)
     if to not in ("onnx", "vllm"):
@@ -146,13 +147,14 @@ def export(
     check_apart(out, artefact)
     check_free(out, overwrite)
     progress("export", 0, 1, str(artefact))
-    program = frontends.load(artefact)
+    program = frontends.with_roads(frontends.load(artefact), roads or {})
     tokenizer = frontends.tokenizer(program)
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": to,
         "source": {"name": program.source.name, "files": program.source.files},
         "options": {"to": to},
+        "adapters": [{"name": a.name, "trainables": a.trainables, **a.origin} for a in program.adapters],
     }
     if (made := frontends.manifest(program)) is not None:
         manifest["source"]["manifest"] = {key: value for key, value in made.items() if key != "blocks"}

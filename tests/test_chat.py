@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
 
-from tpvc.compiler import chat
+import tpvc
+from tpvc.compiler import chat, frontends
+from tpvc.compiler.adapters import road_files
+from tpvc.compiler.adapters.road import Road, Rotation
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.program import linears
 
 TEXT = "Wer früh aufsteht, sieht Ѩ 日本 🦊 and more."
 
@@ -69,6 +74,54 @@ def test_room(engines):
         chat.room(engine, [1] * 256, 1)
     with pytest.raises(TpvcError, match="empty"):
         chat.room(engine, [], 1)
+
+
+def adapter(model, directory, seed=0):
+    """A random adapter of `model` in PEFT's format: every linear of every block, angles of half a radian."""
+    program, generator = frontends.load(model), torch.Generator().manual_seed(seed)
+    rotations = {}
+    for node in linears(n for n in program.nodes if n.block is not None):
+        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
+        rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
+    road_files.write(Road(directory.name, rotations), directory, program, {})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, tiny_llama):
+    """Two adapters over one integer base: the artefact and its folder for GenAI, which computes in float32."""
+    out = tmp_path_factory.mktemp("deployed")
+    roads = {name: adapter(tiny_llama, out / name, seed) for seed, name in enumerate(("loud", "calm"))}
+    artefact = tpvc.quantize(tiny_llama, out / "w4", method="rtn", group=32, roads=roads)
+    return artefact, tpvc.export(artefact, out / "onnx", accuracy_level=0)
+
+
+def test_adapters_by_name(deployed):
+    """Both runtimes write and score alike under each adapter, and each adapter otherwise than the others.
+
+    Logits: sums of up to 128 float32 terms, three in each block, as above.
+    """
+    ids = [5, 6, 7, 200, 9, 30]
+    seen = []
+    for name in (None, "loud", "calm"):
+        a, b = (chat.open_engine(str(target), 1, name) for target in deployed)
+        scores = a.logits(ids)
+        bound = 128 * 6 * torch.finfo(torch.float32).eps * abs(scores).max()
+        assert abs(scores - b.logits(ids)).max() < bound
+        assert all(abs(scores - other).max() > 100 * bound for other in seen)
+        assert list(a.generate(ids, 12)) == list(b.generate(ids, 12))
+        seen.append(scores)
+
+
+def test_unknown_adapters(deployed, tiny_llama, tmp_path):
+    for target in deployed:
+        with pytest.raises(TpvcError, match=r"^the model has no adapter 'load'; it has (calm, loud|loud, calm)$"):
+            chat.open_engine(str(target), 1, "load")
+    plain = tmp_path / "plain"
+    tpvc.export(tiny_llama, plain)
+    for target in (tiny_llama, plain):
+        with pytest.raises(TpvcError, match=r"^the model has no adapter 'loud'; it has none$"):
+            chat.open_engine(str(target), 1, "loud")
 
 
 def test_a_folder_that_is_not_one(tmp_path):

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tpvc.compiler import evaluate
+from tpvc.compiler.adapters.road import Road, Rotation
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.interpret import in_memory, logits
-from tpvc.compiler.program import Program
+from tpvc.compiler.program import Program, linears
 from tpvc.compiler.verify import verify
+from tpvc.passes.bank_road import BankRoad
 
 VOCAB = 61
 
@@ -103,6 +105,25 @@ def test_score_is_both_of_them_in_one_go():
     assert found.perplexity == evaluate.perplexity(program, tokens)
     assert found.reference == evaluate.perplexity(reference, tokens)
     assert found.divergence == evaluate.divergence(program, reference, tokens)
+
+
+def test_an_adapter_is_scored_by_its_name():
+    """The head is adapted too, which lies behind the cut; without a name it is the base model."""
+    program, tokens = tiny(1, tie_word_embeddings=False, vocab_size=60), windows(5, 12) % 60
+    generator = torch.Generator().manual_seed(4)
+    rotations = {}
+    for node in linears(program.nodes):
+        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
+        rotations[node.name] = Rotation("road_1", 4, theta / 2, 1 + alpha / 10)
+    adapted = verify(BankRoad((Road("task", rotations),))(program))
+    found = evaluate.score(evaluate.predictor(adapted, adapter="task"), tokens).perplexity
+    chances = logits(adapted, tokens, adapter_ids=torch.zeros(5, dtype=torch.int64)).double().log_softmax(-1)
+    nll = -chances[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0].mean(-1)
+    # As above: float32 sums of at most 61 terms of a size of about 10 each
+    assert torch.tensor(found.nll).double() == pytest.approx(nll, abs=4e-5)
+    assert evaluate.perplexity(adapted, tokens).nll == evaluate.perplexity(program, tokens).nll != found.nll
+    with pytest.raises(TpvcError, match="no adapter 'other'; it has task"):
+        evaluate.predictor(adapted, adapter="other")
 
 
 def test_any_function_that_gives_logits_is_scored(monkeypatch):

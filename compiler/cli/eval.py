@@ -16,6 +16,7 @@ from tpvc.compiler.cli import console
 Examples:
   tpvc eval smollm2-w4 --text wiki.test.txt
   tpvc eval smollm2-w4 --against smollm2-135m --text wiki.test.txt --windows 40 --seqlen 512
+  tpvc eval smollm2-w4 --adapter legal --against smollm2-w4     what the adapter changes
   tpvc eval smollm2-onnx --against smollm2-135m          the exported folder, in its own runtime
 
 \b
@@ -23,6 +24,7 @@ The first WINDOWS * SEQLEN tokens of FILE are cut into windows; every window pre
 tokens but the first. The standard error is over windows. KL is mean KL(original || target) in
 nats a token; top-1 is how often both think the same token likeliest. Without --text a short
 English text that is in no calibration set is used: enough to see that nothing broke, no more.
+--adapter holds for TARGET alone; ORIGINAL is measured as its base model.
 
 \b
 An exported folder is measured in its own runtime. Its graph gives the logits of the last token
@@ -35,6 +37,11 @@ only, so it is fed token by token, at the decoding speed that `tpvc bench` shows
 @click.option("--text", type=click.Path(path_type=Path, dir_okay=False), help="A UTF-8 text file.")
 @click.option("--windows", type=click.IntRange(1), help="How many.  [default: 40, or what the built-in text holds]")
 @click.option("--seqlen", type=click.IntRange(2), help="Tokens a window.  [default: 512, or 128 for the built-in text]")
+@click.option(
+    "--adapter",
+    metavar="NAME",
+    help="An adapter that TARGET carries, or the folder of a RoAd adapter (PEFT's format).  [default: the base model]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
 @console.json_option
 def command(
@@ -43,6 +50,7 @@ def command(
     text: Path | None,
     windows: int | None,
     seqlen: int | None,
+    adapter: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -53,7 +61,8 @@ def command(
     from tpvc.compiler.measure import measure
 
     with console.Bars() as bars:
-        found = measure(target, text, against=against, windows=windows, seqlen=seqlen, threads=threads, progress=bars)
+        options = {"windows": windows, "seqlen": seqlen, "threads": threads, "adapter": adapter}
+        found = measure(target, text, against=against, **options, progress=bars)
     if as_json:
         return console.print_json(found)
     console.out().print(
@@ -69,5 +78,6 @@ def results_table(found: list[dict[str, Any]], title: str) -> Any:
     for row in found:
         far = row.get("against")
         distance = (f"{far['kl']:.4f}", f"{100 * far['top1']:.1f} %") if far else ("", "")
-        made.add_row(row["target"], f"{row['perplexity']:.2f}", f"{row['stderr']:.2f}", *distance)
+        name = f"{row['target']} with {row['adapter']}" if "adapter" in row else row["target"]
+        made.add_row(name, f"{row['perplexity']:.2f}", f"{row['stderr']:.2f}", *distance)
     return made

@@ -8,6 +8,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
+from tpvc.compiler.cli.quantize import named_directories
 
 
 @click.command(
@@ -17,6 +18,7 @@ Examples:
   tpvc quantize smollm2-135m -o smollm2-w4
   tpvc export smollm2-w4 --to onnx -o smollm2-onnx
   tpvc export smollm2-w4 --to onnx -o smollm2-exact --portable --accuracy-level 0
+  tpvc export smollm2-w4 --to onnx -o tasks --road a=./a --road b=./b
 
 \b
 An onnx folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
@@ -38,10 +40,20 @@ tied head untied, as vLLM's loader expects and transformers refuses.
 @click.option(
     "--accuracy-level", type=click.Choice(["0", "4"]), default="4", show_default=True, help="Of MatMulNBits; see below."
 )
+@click.option(
+    "--road", "road", multiple=True, metavar="NAME=DIR", help="A RoAd adapter to carry along; may be repeated."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(
-    artefact: str, to: str, out: Path, portable: bool, accuracy_level: str, overwrite: bool, as_json: bool
+    artefact: str,
+    to: str,
+    out: Path,
+    portable: bool,
+    accuracy_level: str,
+    road: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Compile ARTEFACT for a runtime.
 
@@ -57,6 +69,7 @@ def command(
                 to=to,
                 portable=portable,
                 accuracy_level=int(accuracy_level),
+                roads=named_directories("--road", road),
                 overwrite=overwrite,
                 progress=bars,
             )

@@ -38,7 +38,9 @@ Examples:
 FILE holds one example a line or row: jsonl with "prompt" and "completion", or with "text" and
 "label" (csv and tsv: columns of these names). Only the completion, or the label, is learned.
 The directory is what PEFT loads, with tpvc.json and report.html. Use it with
-  tpvc quantize MODEL --road my-task=DIR -o OUT
+  tpvc run MODEL --adapter DIR "..."
+  tpvc quantize MODEL --road NAME=DIR -o OUT             before rounding: folded, or beside the integers
+  tpvc export MODEL --road NAME=DIR -o OUT               on a MODEL that is rounded already
 A run that was interrupted goes on where it stopped when the same command is given again.
 """,
 )
@@ -114,4 +116,4 @@ def command(
     show(f"  validation  loss {kept[1]:.4g}, {100 * kept[2]:.1f} % of the answers right, at step {kept[0]}")
     show(f"  before      loss {checks[0][1]:.4g}, {100 * checks[0][2]:.1f} %")
     show(f"  report      {out / 'report.html'}")
-    show(f"  next        tpvc quantize {model} --road {out.name}={out} -o OUT")
+    show(f'  next        tpvc run {model} --adapter {out} "..."    or    tpvc quantize {model} --road {out} -o OUT')

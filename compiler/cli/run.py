@@ -19,6 +19,7 @@ Examples:
   tpvc run smollm2-onnx "Why is the sky blue?"
   tpvc run smollm2-onnx                                  a small chat; Ctrl-D ends it
   tpvc run ./gpt2 --raw "Once upon a time" --temperature 0.8
+  tpvc run smollm2-onnx "Why is the sky blue?" --adapter pirate
   cat question.txt | tpvc run smollm2-w4 --json
 
 \b
@@ -38,6 +39,11 @@ interpreter (torch, float32), which is slower but takes every model that tpvc ca
     help="Of the draws at a temperature above 0.",
 )
 @click.option("--raw", is_flag=True, help="The prompt as it stands, without the chat template.")
+@click.option(
+    "--adapter",
+    metavar="NAME",
+    help="An adapter that TARGET carries, or the folder of a RoAd adapter (PEFT's format).  [default: the base model]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
 @console.json_option
 def command(
@@ -47,6 +53,7 @@ def command(
     temperature: float,
     seed: int,
     raw: bool,
+    adapter: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -65,7 +72,7 @@ def command(
     from tpvc.compiler.chat import open_engine
 
     with console.err().status(f"loading {target}"):
-        engine = open_engine(target, threads)
+        engine = open_engine(target, threads, adapter)
     sampling = {"temperature": temperature, "seed": seed}
     if chat:
         return _chat(engine, raw, max_new_tokens, sampling)

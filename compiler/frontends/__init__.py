@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ADAPTERS, MANIFEST
 from tpvc.compiler.program import Program
@@ -69,6 +71,29 @@ def manifest(program: Program) -> dict[str, Any] | None:
     return found if "tpvc" in found else None
 
 
+def read_roads(program: Program, directories: Mapping[str, str | Path]) -> tuple[Road, ...]:
+    """The RoAd adapters in {name: PEFT directory} for `program`."""
+    from tpvc.compiler.adapters import road_files
+
+    return tuple(road_files.read(Path(directory), program, name) for name, directory in directories.items())
+
+
+def with_roads(program: Program, directories: Mapping[str, str | Path]) -> Program:
+    """`program` with the RoAd adapters in {name: PEFT directory} beside its weights; ids in that order."""
+    from tpvc.passes.bank_road import BankRoad
+
+    return verify(BankRoad(read_roads(program, directories))(program), "BankRoad") if directories else program
+
+
+def load_for(model: str | Path, adapter: str | None) -> tuple[Program, str | None]:
+    """(the model, the name in it of `adapter`): one that it carries, or a PEFT directory, which is put beside it."""
+    program = load(model)
+    if adapter is None or adapter in [a.name for a in program.adapters] or not Path(adapter).expanduser().is_dir():
+        return program, adapter
+    name = Path(adapter).expanduser().resolve().name
+    return with_roads(program, {name: Path(adapter).expanduser()}), name
+
+
 def _directory(path: Path, name: str) -> Program:
     from tpvc.compiler.frontends import huggingface
 
@@ -82,16 +107,13 @@ def _with_adapters(program: Program) -> Program:
             pass
         case _:
             return program
-    from tpvc.compiler.adapters import road_files
-    from tpvc.passes.bank_road import BankRoad
-
     names = [entry["name"] for entry in listed if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
     folder = program.source.directory / ADAPTERS
     if len(names) < len(listed) or any(Path(name).name != name for name in names):
         raise TpvcError(
             f"{program.source.directory / MANIFEST} lists adapters without a plain name; expected file names"
         )
-    return BankRoad(tuple(road_files.read(folder / name, program, name) for name in names))(program)
+    return with_roads(program, {name: folder / name for name in names})
 
 
 def _gguf(path: Path, name: str) -> Program:

@@ -3,6 +3,12 @@
 import math
 
 import pytest
+import torch
+
+from tpvc.compiler import frontends
+from tpvc.compiler.adapters import road_files
+from tpvc.compiler.adapters.road import Road, Rotation
+from tpvc.compiler.program import linears
 
 WINDOWS = ["--windows", 6, "--seqlen", 32]
 
@@ -43,6 +49,28 @@ def test_runtime_and_interpreter_agree(ok, artefact, exported, tiny_llama, text)
     assert math.isclose(a["against"]["kl"], b["against"]["kl"], rel_tol=1e-2, abs_tol=1e-6)
     assert a["against"]["perplexity"] == b["against"]["perplexity"]
     assert a["against"]["kl"] > 0
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, ok, tiny_llama):
+    """An artefact with a random adapter called "loud"."""
+    out, program = tmp_path_factory.mktemp("deployed"), frontends.load(tiny_llama)
+    generator, rotations = torch.Generator().manual_seed(0), {}
+    for node in linears(n for n in program.nodes if n.block is not None):
+        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
+        rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
+    road_files.write(Road("loud", rotations), out / "loud", program, {})
+    ok("quantize", tiny_llama, "-o", out / "w4", "--method", "rtn", "--group-size", 32, "--road", f"{out / 'loud'}")
+    return out / "w4"
+
+
+def test_an_adapter_against_the_base(ok, tpvc, refused, deployed, text):
+    options = ["--text", text, "--windows", 2, "--seqlen", 32]
+    found = ok("eval", deployed, "--adapter", "loud", "--against", deployed, *options)
+    assert found["adapter"] == "loud" and found["against"]["kl"] > 1e-3
+    assert found["against"]["perplexity"] == ok("eval", deployed, *options)["perplexity"]
+    assert "w4 with loud" in " ".join(tpvc("eval", deployed, "--adapter", "loud", *options).stdout.split())
+    assert "it has loud" in refused("eval", deployed, "--adapter", "calm", *options)
 
 
 def test_table_and_built_in_text(tpvc, artefact, tiny_llama):

@@ -137,3 +137,19 @@ def test_too_few_examples(refused, tiny_llama, tmp_path):
     path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     said = refused("road", "tune", tiny_llama, "--data", path, "-o", tmp_path / "out")
     assert "1 examples" in said and "--validation" in said
+
+
+def test_the_folder_of_an_adapter_runs_beside_any_model(ok, refused, tiny_llama, artefact, data, tmp_path):
+    out = tmp_path / "yes-no"
+    ok("road", "tune", artefact, "--data", data, "-o", out, *FAST)
+    told = {}
+    for name, adapter in (("base", ()), ("tuned", ("--adapter", out))):
+        told[name] = ok("run", artefact, "fox 3?", "--raw", "--max-new-tokens", 4, *adapter)["tokens"]
+    assert told["base"] != told["tuned"]
+    exported = tmp_path / "onnx"
+    ok("export", artefact, "-o", exported, "--accuracy-level", 0, "--road", f"task={out}")
+    there = ok("run", exported, "fox 3?", "--raw", "--max-new-tokens", 4, "--adapter", "task")["tokens"]
+    assert there == told["tuned"]
+    assert ok("run", exported, "fox 3?", "--raw", "--max-new-tokens", 4)["tokens"] == told["base"]
+    assert "no adapter 'other'; it has task" in refused("run", exported, "fox", "--raw", "--adapter", "other")
+    assert ok("eval", artefact, "--adapter", out, "--windows", 2, "--seqlen", 16)["adapter"] == str(out)

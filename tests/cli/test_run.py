@@ -1,6 +1,35 @@
 """`tpvc run`: the same tokens from either runtime."""
 
+import pytest
+import torch
+
+from tpvc.compiler import frontends
+from tpvc.compiler.adapters import road_files
+from tpvc.compiler.adapters.road import Road, Rotation
+from tpvc.compiler.program import linears
+
 PROMPT = "The quick brown fox"
+
+
+def adapter(model, directory, seed=0):
+    """A random adapter of `model` in PEFT's format: every linear of every block, angles of half a radian."""
+    program, generator = frontends.load(model), torch.Generator().manual_seed(seed)
+    rotations = {}
+    for node in linears(n for n in program.nodes if n.block is not None):
+        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
+        rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
+    road_files.write(Road(directory.name, rotations), directory, program, {})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, ok, tiny_llama):
+    """An artefact with an adapter called "loud", and its folder for ONNX Runtime GenAI."""
+    out = tmp_path_factory.mktemp("deployed")
+    road = f"loud={adapter(tiny_llama, out / 'peft')}"
+    ok("quantize", tiny_llama, "-o", out / "w4", "--method", "rtn", "--group-size", 32, "--road", road)
+    ok("export", out / "w4", "-o", out / "onnx", "--accuracy-level", 0)
+    return out / "w4", out / "onnx"
 
 
 def test_both_runtimes_give_the_same_tokens(ok, artefact, exported):
@@ -10,6 +39,15 @@ def test_both_runtimes_give_the_same_tokens(ok, artefact, exported):
     assert reference["engine"] == "torch float32, dequantised"
     assert runtime["prompt_tokens"] == reference["prompt_tokens"]
     assert runtime["tokens"] == reference["tokens"]
+
+
+def test_an_adapter_by_name(ok, refused, deployed):
+    options = [PROMPT, "--max-new-tokens", 16, "--threads", 1]
+    plain, reference = ok("run", deployed[0], *options), ok("run", deployed[0], *options, "--adapter", "loud")
+    assert ok("run", deployed[1], *options)["tokens"] == plain["tokens"] != reference["tokens"]
+    assert ok("run", deployed[1], *options, "--adapter", "loud")["tokens"] == reference["tokens"]
+    for target in deployed:
+        assert refused("run", target, *options, "--adapter", "calm") == "the model has no adapter 'calm'; it has loud"
 
 
 def test_streams_what_json_tells(tpvc, ok, exported):

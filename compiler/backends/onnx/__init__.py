@@ -2,6 +2,7 @@
 
 model.onnx, model.onnx.data     MatMulNBits, GroupQueryAttention; logits of the last new token
 genai_config.json, tokenizer files
+adapters/NAME.onnx_adapter      for every adapter, what to feed for it; the numbers lie in the graphs
 portable/model.onnx, .data      operators of the ONNX standard, opset 21; the same names; logits of every new token
 """
 
@@ -31,7 +32,7 @@ def emit(
     tokenizer       anything with `save_pretrained`, or None
     TpvcError with the node's name, before any file is written, for what has no exact lowering.
     """
-    from tpvc.compiler.backends.onnx import genai_config
+    from tpvc.compiler.backends.onnx import adapters, genai_config
     from tpvc.compiler.backends.onnx.check import check
     from tpvc.compiler.backends.onnx.fusions import NOTHING, plan
     from tpvc.compiler.backends.onnx.genai import GENAI
@@ -44,6 +45,7 @@ def emit(
     head = None if all_logits else head_of(program)
     _write(program, directory, GENAI, fused, domains, accuracy_level, head)
     genai_config.write(program, directory, share_buffer=bool(fused.attention))
+    adapters.write_files(program, directory)
     if portable:
         (directory / "portable").mkdir()
         _write(program, directory / "portable", STANDARD, NOTHING, {"": OPSET}, accuracy_level, None)
@@ -57,7 +59,7 @@ def head_of(program: Program) -> Node | None:
     start = next((i for i, n in enumerate(nodes) if n.op == "linear"), None)
     if start is None:
         return None
-    own = {nodes[start].name}
+    own = {nodes[start].name, "adapter_ids"}
     for node in nodes[start + 1 :]:
         if not own.issuperset(node.inputs):
             return None
@@ -77,6 +79,7 @@ def _write(
     """model.onnx and its data: one node after the other, those that went into an earlier one left out."""
     import onnx_ir as ir
 
+    from tpvc.compiler.backends.onnx.adapters import INPUT, add_input
     from tpvc.compiler.backends.onnx.genai import last_token
     from tpvc.compiler.backends.onnx.graph import Graph
     from tpvc.compiler.backends.onnx.standard import Context
@@ -86,6 +89,8 @@ def _write(
         c = Context(program, graph, fused, accuracy_level)
         c.values["input_ids"] = graph.input("input_ids", ids, ("batch_size", "sequence_length"))
         c.values["mask"] = graph.input("attention_mask", ids, ("batch_size", "total_sequence_length"))
+        if program.adapters:
+            c.values[INPUT] = add_input(graph)
         for node in program.nodes:
             if node.name in fused.absorbed:
                 continue

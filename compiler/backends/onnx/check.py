@@ -21,6 +21,11 @@ def check(program: Program, table: Mapping[str, Lower], accuracy_level: int) -> 
         fact = _fault(program, node, table)
         if fact:
             raise TpvcError(f"node '{node.name}' ({node.op}) cannot be exported to ONNX: {fact}")
+    for adapter in program.adapters:
+        if not adapter.name.strip(".") or set(adapter.name) & set('<>:"/\\|?*') or not adapter.name.isprintable():
+            raise TpvcError(
+                f"adapter '{adapter.name}' cannot be exported: its name becomes a file's; give it another one"
+            )
     widths, layers = features(program), [n for n in program.nodes if n.op == "attention"]
     shapes = {(n.attrs["kv_heads"], head_dim(n, widths)) for n in layers}
     if len(shapes) != 1:
@@ -37,11 +42,15 @@ def _fault(program: Program, node: Node, table: Mapping[str, Lower]) -> str | No
             return f"parameter '{name}' is quantised; only matrices of linear and embed nodes may be"
         if grid is not None and not 2 <= grid.bits <= 8:
             return f"parameter '{name}' has {grid.bits} bits, expected 2 to 8"
-    special = {"attention": {3: "mask"}, "rope": {1: "positions"}}.get(node.op, {})
+    if node.op == "rotate" and len(node.attrs["rows"]) != len(program.adapters):
+        return f"it has rows for {len(node.attrs['rows'])} of {len(program.adapters)} adapters"
+    special = {"attention": {3: "mask"}, "rope": {1: "positions"}, "rotate": {1: "adapter_ids"}}.get(node.op, {})
     for index, value in enumerate(node.inputs):
         wanted = special.get(index)
         if wanted is not None and value != wanted:
             return f"input {index} is '{value}', expected the program's own '{wanted}'"
+        if wanted is None and value == "adapter_ids":
+            return "it reads the adapter ids, which only rotate may"
         if wanted is None and value == "mask":
             return "it reads the mask, which only attention may"
     return None

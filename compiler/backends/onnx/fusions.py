@@ -3,6 +3,7 @@
 add -> norm                                         one SkipLayerNormalization
 linears q, k, v [-> rope] -> attention              one matrix with the rows of q, k, v; rope inside the attention
 fused linear -> split q, k, v [-> rope] -> attention   likewise; interleaved rows are put into that order
+rotate after such linears                           one rotation of q|k|v; unless rows are put into another order
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from tpvc.compiler.program import Node, Program, grid_of
 
 @dataclass(frozen=True)
 class Projection:
-    """Rows of one matrix that is made of several linears, or of one linear in another order."""
+    """Rows of one matrix that is made of several linears, or of one linear in another order.
+    `rotations`: the rotate node behind each of the linears, None where there is none; of one group size."""
 
     linears: tuple[Node, ...]
     order: torch.Tensor | None = None
+    rotations: tuple[Node | None, ...] = ()
+
+    @property
+    def group(self) -> int | None:
+        """Group size of the rotation that follows, None without one."""
+        return next((r.attrs["group"] for r in self.rotations if r is not None), None)
 
 
 @dataclass(frozen=True)
@@ -107,13 +115,15 @@ def _attention(program: Program, node: Node, readers: Mapping, widths: Mapping) 
         gone |= {q, k}
         q, k = turned[0].inputs[0], turned[1].inputs[0]
     sources = [only_here(value) for value in (q, k, v)]
+    turns = tuple(n if n is not None and n.op == "rotate" else None for n in sources)
+    products = [n if r is None else only_here(r.inputs[0]) for n, r in zip(sources, turns, strict=True)]
     projection = None
-    if all(n is not None and n.op == "linear" for n in sources) and len({q, k, v}) == 3:
-        projection = _side_by_side(program, sources)
+    if all(n is not None and n.op == "linear" for n in products) and len({q, k, v}) == 3:
+        projection = _side_by_side(program, products, turns, widths)
     elif all(n is not None and n.op == "split" for n in sources) and len({q, k, v}) == 3:
         projection = _cut_from_one(program, sources, nodes, readers, widths)
     if projection is not None:
-        gone |= {q, k, v} | {n.name for n in projection.linears}
+        gone |= {q, k, v} | {n.name for n in (*projection.linears, *projection.rotations) if n is not None}
     return AttentionPlan((q, k, v), rope, projection), gone
 
 
@@ -122,18 +132,26 @@ def _rotates(q: Node, k: Node, width: int) -> bool:
     return dict(q.attrs) == dict(k.attrs) and len(q.attrs["inv_freq"]) % 8 == 0 and width % 16 == 0
 
 
-def _side_by_side(program: Program, linears: list[Node]) -> Projection | None:
+def _side_by_side(
+    program: Program, linears: list[Node], turns: tuple[Node | None, ...], widths: Mapping[str, int]
+) -> Projection | None:
     grids = {grid_of(program.params[n.params["weight"]]) for n in linears}
     same_input = len({n.inputs for n in linears}) == 1
-    return Projection(tuple(linears)) if same_input and len(grids) == 1 else None
+    groups = {r.attrs["group"] for r in turns if r is not None}
+    whole = len(groups) <= 1 and all(widths[n.name] % group == 0 for group in groups for n in linears)
+    return Projection(tuple(linears), None, turns) if same_input and len(grids) == 1 and whole else None
 
 
 def _cut_from_one(program: Program, splits: list[Node], nodes: Mapping, readers: Mapping, widths: Mapping):
     source = splits[0].inputs[0]
-    linear = nodes.get(source)
+    linear, turn = nodes.get(source), None
+    if linear is not None and linear.op == "rotate" and len(readers[linear.inputs[0]]) == 1:
+        linear, turn = nodes.get(linear.inputs[0]), linear
     same = all(n.inputs == (source,) for n in splits) and linear is not None and linear.op == "linear"
     if not same or len(readers[source]) != 3:
         return None
     rows = [torch.arange(widths[source]).unflatten(0, (n.attrs["groups"], -1)) for n in splits]
     order = torch.cat([r[:, n.attrs["start"] : n.attrs["stop"]].flatten() for r, n in zip(rows, splits, strict=True)])
-    return Projection((linear,), None if torch.equal(order, torch.arange(widths[source])) else order)
+    if torch.equal(order, torch.arange(widths[source])):
+        return Projection((linear,), None, (turn,))
+    return Projection((linear,), order) if turn is None else None

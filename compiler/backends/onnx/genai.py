@@ -14,6 +14,7 @@ from tpvc.compiler.backends.onnx import standard, weights
 from tpvc.compiler.backends.onnx.fusions import AttentionPlan, Projection
 from tpvc.compiler.backends.onnx.graph import MICROSOFT
 from tpvc.compiler.backends.onnx.matmulnbits import Layout
+from tpvc.compiler.backends.onnx.rotations import turn
 from tpvc.compiler.backends.onnx.standard import STANDARD, Context, Lower, value_of
 from tpvc.compiler.program import Node, QTensor, dense, grid_of, read
 
@@ -158,9 +159,23 @@ def _lengths(c: Context) -> tuple[ir.Value, ir.Value]:
     return tuple(g.op("Cast", v, to=ir.DataType.INT32) for v in (last, total))
 
 
+def rotate(c: Context, node: Node) -> ir.Value:
+    x, parts = value_of(c, node.inputs[0]), [(node, c.widths[node.name])]
+    return turn(c, node.name, x, node.attrs["group"], parts)
+
+
 def _project(c: Context, node: Node, plan: AttentionPlan) -> ir.Value:
-    """q|k|v of every token from one matrix."""
+    """q|k|v of every token from one matrix, turned at once where they are adapted."""
     projection, name = plan.projection, f"{node.name}.qkv"
+    out = _product(c, name, projection)
+    if projection.group is None:
+        return out
+    widths = [c.widths[n.name] for n in projection.linears]
+    parts = list(zip(projection.rotations, widths, strict=True))
+    return turn(c, f"{name}.rotate", out, projection.group, parts)
+
+
+def _product(c: Context, name: str, projection: Projection) -> ir.Value:
     params = c.program.params
     matrix = weights.stack([read(params[n.params["weight"]]) for n in projection.linears], projection.order)
     bias = _bias(c, projection)
@@ -192,6 +207,7 @@ GENAI: dict[str, Lower] = STANDARD | {
     "add": add,
     "activation": activation,
     "attention": attention,
+    "rotate": rotate,
 }
 
 

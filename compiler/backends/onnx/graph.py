@@ -26,6 +26,7 @@ class Graph:
         self.directory = directory
         self.domains = dict(domains)
         self.inputs: list[ir.Value] = []
+        self.defaults: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -35,6 +36,14 @@ class Graph:
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self.inputs.append(value)
+        return value
+
+    def default(self, name: str, array: np.ndarray, shape: Sequence[int | str]) -> ir.Value:
+        """An input that may be left out: also an initializer, which ONNX Runtime then does not fold into the graph."""
+        value = self.input(name, ir.DataType.from_numpy(array.dtype), shape)
+        self.defaults.append(self.inputs.pop())
+        value.const_value = ir.tensor(array, name=name)
+        self.initializers[name] = value
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
@@ -104,7 +113,7 @@ class Graph:
         """Write model.onnx and close the data file."""
         self._data.close()
         graph = ir.Graph(
-            self.inputs,
+            [*self.inputs, *self.defaults],
             self.outputs,
             nodes=self.nodes,
             initializers=list(self.initializers.values()),

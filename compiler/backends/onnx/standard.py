@@ -14,7 +14,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from tpvc.compiler.adapters.road import halves
 from tpvc.compiler.backends.onnx import weights
+from tpvc.compiler.backends.onnx.adapters import INPUT, bank
 from tpvc.compiler.backends.onnx.fusions import NOTHING, Plan, features, head_dim
 from tpvc.compiler.backends.onnx.graph import Graph
 from tpvc.compiler.program import Node, Program, dense, grid_of, read
@@ -273,6 +275,28 @@ def split(c: Context, node: Node) -> ir.Value:
     return x if groups == 1 else g.op("Reshape", x, g.constant([0, 0, -1]), name=node.name)
 
 
+def rotate(c: Context, node: Node) -> ir.Value:
+    """`C * x + S * rot(x)` with every row's own C and S; the sign of rot lies in the table of S."""
+    g, name, group = c.graph, node.name, node.attrs["group"]
+    x, (cosine, sine) = value_of(c, node.inputs[0]), bank(c.program, [(node, c.widths[node.name])])
+    halves(sine, group)[0].neg_()
+    factors = []
+    for kind, table in (("cos", cosine), ("sin", sine)):
+        table = g.weight(f"{name}.{kind}", table[:, None].numpy())
+        factors.append(g.op("Gather", table, block_of(c), name=name, axis=0))
+    pairs = g.op("Reshape", x, g.constant([0, 0, -1, 2, group // 2]), name=name)
+    lo, hi = g.op("Split", pairs, name=name, axis=3, num_outputs=2, outputs=2)
+    partner = g.op("Reshape", g.op("Concat", hi, lo, name=name, axis=3), g.constant([0, 0, -1]), name=name)
+    kept, mixed = (g.op("Mul", v, factor, name=name) for v, factor in zip((x, partner), factors, strict=True))
+    return g.op("Add", kept, mixed, name=name)
+
+
+def block_of(c: Context) -> ir.Value:
+    """int64 [1] or [B]: the block of every row's adapter in the tables. Gather stops at an id that is too high."""
+    g = c.graph
+    return g.once("adapter block", lambda: g.op("Add", value_of(c, INPUT), g.constant(1), name=INPUT))
+
+
 def _pairwise(kind: str) -> Lower:
     return lambda c, node: c.graph.op(kind, *(value_of(c, v) for v in node.inputs), name=node.name)
 
@@ -290,6 +314,7 @@ STANDARD: dict[str, Lower] = {
     "scale": scale,
     "softcap": softcap,
     "split": split,
+    "rotate": rotate,
 }
 
 
