@@ -141,9 +141,10 @@ def rotate(
     cosine and sine are a bank [r, n]; `rows[i]` is the bank's row of adapter i, -1 where that adapter leaves this value
     alone. Rows with id -1 are the base model's: they are chosen, not multiplied by 1, and so keep every bit.
     """
-    row = torch.tensor((*rows, -1), device=x.device)[adapter_ids]
+    whole = rows == tuple(range(len(rows)))
+    row = adapter_ids if whole else torch.tensor((*rows, -1), device=x.device)[adapter_ids]
     at = row.clamp(min=0)
-    turned = road.rotate(x, cosine[at][:, None], sine[at][:, None], group)
+    turned = road.rotate(x, *(bank.index_select(0, at).unsqueeze(1) for bank in (cosine, sine)), group)
     own = row >= 0
     return turned if own.all() else torch.where(own[:, None, None], turned, x)
 

@@ -104,8 +104,9 @@ def vectors(variant: str, group: int, theta: Tensor, alpha: Tensor) -> tuple[Ten
 
 
 def halves(t: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(lo, hi): the first and the second members of all pairs, views [..., n / G, G / 2] of t [..., n]."""
-    return t.unflatten(-1, (-1, 2, group // 2)).unbind(-2)
+    """(lo, hi): the first and the second members of all pairs, views [..., n / G, G / 2] of a contiguous t [..., n]."""
+    pairs = t.view(*t.shape[:-1], -1, 2, group // 2)
+    return pairs.select(-2, 0), pairs.select(-2, 1)
 
 
 def rot(h: Tensor, group: int) -> Tensor:
@@ -116,8 +117,17 @@ def rot(h: Tensor, group: int) -> Tensor:
 
 def rotate(h: Tensor, cosine: Tensor, sine: Tensor, group: int) -> Tensor:
     """`C * h + S * rot(h)` for h [..., n]; computed in the wider dtype, given back in that of h. Differentiable."""
-    x = h.to(torch.promote_types(h.dtype, cosine.dtype))
-    return _Rotate.apply(x, cosine, sine, group).to(h.dtype)
+    x = h.to(torch.promote_types(h.dtype, cosine.dtype)).contiguous()
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, cosine, sine))
+    return (_Rotate.apply(x, cosine, sine, group) if learning else _turned(x, cosine, sine, group)).to(h.dtype)
+
+
+def _turned(h: Tensor, cosine: Tensor, sine: Tensor, group: int) -> Tensor:
+    out = cosine * h
+    (z_lo, z_hi), (h_lo, h_hi), (s_lo, s_hi) = (halves(t, group) for t in (out, h, sine))
+    z_lo -= s_lo * h_hi
+    z_hi += s_hi * h_lo
+    return out
 
 
 class _Rotate(torch.autograd.Function):
@@ -131,15 +141,12 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, cosine: Tensor, sine: Tensor, group: int) -> Tensor:
         ctx.save_for_backward(h, cosine, sine)
         ctx.group = group
-        out = cosine * h
-        (z_lo, z_hi), (h_lo, h_hi), (s_lo, s_hi) = (halves(t, group) for t in (out, h, sine))
-        z_lo.sub_(s_lo * h_hi)
-        z_hi.add_(s_hi * h_lo)
-        return out
+        return _turned(h, cosine, sine, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, cosine, sine = ctx.saved_tensors
+        grad = grad.contiguous()
         (g_lo, g_hi), (h_lo, h_hi), (s_lo, s_hi) = (halves(t, ctx.group) for t in (grad, h, sine))
         d_h = d_cosine = d_sine = None
         if ctx.needs_input_grad[0]:
