@@ -11,7 +11,7 @@ import torch
 import tpvc
 from tpvc.compiler import frontends
 from tpvc.compiler.adapters import compose_road, road_files
-from tpvc.compiler.adapters.road import Road, unfold_
+from tpvc.compiler.adapters.road import Road, check_invertible, unfold_
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published
@@ -157,9 +157,8 @@ def _unfolded(program: Program, road: Road) -> dict[str, Parameter]:
         return Lazy(tuple(parameter.shape), torch.float32, make)
 
     adapted = [n for n in linears(program.nodes) if n.name in road.rotations]
-    for node in adapted:  # singular pairs are found before anything is written
-        rotation = road.rotations[node.name]
-        unfold_(torch.empty(rotation.features, 0), None, rotation, node.name)
+    for node in adapted:  # before anything is written
+        check_invertible(road.rotations[node.name], node.name)
     return {name: lazy(program.params[name], node.name) for node in adapted for name in node.params.values()}
 
 

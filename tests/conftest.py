@@ -75,3 +75,25 @@ def tiny_llama(tmp_path_factory, tiny_tokenizer):
     LlamaForCausalLM(config).save_pretrained(directory)
     tiny_tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def write_adapter():
+    """write_adapter(model, directory, seed=0): a random RoAd adapter of all linears of the blocks, in PEFT's format."""
+    import torch
+
+    from tpvc.compiler import frontends
+    from tpvc.compiler.adapters import road_files
+    from tpvc.compiler.adapters.road import Road, Rotation
+    from tpvc.compiler.program import linears
+
+    def write(model, directory, seed=0):
+        program, generator = frontends.load(model), torch.Generator().manual_seed(seed)
+        rotations = {}
+        for node in linears(n for n in program.nodes if n.block is not None):
+            theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
+            rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
+        road_files.write(Road(directory.name, rotations), directory, program, {})
+        return directory
+
+    return write

@@ -6,11 +6,8 @@ import pytest
 import torch
 
 import tpvc
-from tpvc.compiler import chat, frontends
-from tpvc.compiler.adapters import road_files
-from tpvc.compiler.adapters.road import Road, Rotation
+from tpvc.compiler import chat
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import linears
 
 TEXT = "Wer früh aufsteht, sieht Ѩ 日本 🦊 and more."
 
@@ -76,22 +73,11 @@ def test_room(engines):
         chat.room(engine, [], 1)
 
 
-def adapter(model, directory, seed=0):
-    """A random adapter of `model` in PEFT's format: every linear of every block, angles of half a radian."""
-    program, generator = frontends.load(model), torch.Generator().manual_seed(seed)
-    rotations = {}
-    for node in linears(n for n in program.nodes if n.block is not None):
-        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
-        rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
-    road_files.write(Road(directory.name, rotations), directory, program, {})
-    return directory
-
-
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, tiny_llama):
+def deployed(tmp_path_factory, write_adapter, tiny_llama):
     """Two adapters over one integer base: the artefact and its folder for GenAI, which computes in float32."""
     out = tmp_path_factory.mktemp("deployed")
-    roads = {name: adapter(tiny_llama, out / name, seed) for seed, name in enumerate(("loud", "calm"))}
+    roads = {name: write_adapter(tiny_llama, out / name, seed) for seed, name in enumerate(("loud", "calm"))}
     artefact = tpvc.quantize(tiny_llama, out / "w4", method="rtn", group=32, roads=roads)
     return artefact, tpvc.export(artefact, out / "onnx", accuracy_level=0)
 

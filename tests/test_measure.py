@@ -5,10 +5,7 @@ import torch
 
 import tpvc
 from tpvc.compiler import evaluate, frontends, measure
-from tpvc.compiler.adapters import road_files
-from tpvc.compiler.adapters.road import Road, Rotation
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import linears
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +47,10 @@ def test_a_folder_is_no_distance_from_its_original(folder, tiny_llama):
     assert [step for step in seen if step[0] != "load"] == [("measure onnx", i, 5) for i in range(6)]
 
 
-def adapter(model, directory, seed=0):
-    """A random adapter of `model` in PEFT's format: every linear of every block, angles of half a radian."""
-    program, generator = frontends.load(model), torch.Generator().manual_seed(seed)
-    rotations = {}
-    for node in linears(n for n in program.nodes if n.block is not None):
-        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
-        rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
-    road_files.write(Road(directory.name, rotations), directory, program, {})
-    return directory
-
-
-def test_an_adapter_against_its_own_base(tiny_llama, tmp_path):
+def test_an_adapter_against_its_own_base(write_adapter, tiny_llama, tmp_path):
     """Only the target is adapted; its folder says the same, by the order of float32 sums."""
-    artefact = tmp_path / "w4"
-    tpvc.quantize(tiny_llama, artefact, method="rtn", group=32, roads={"loud": adapter(tiny_llama, tmp_path / "loud")})
+    artefact, roads = tmp_path / "w4", {"loud": write_adapter(tiny_llama, tmp_path / "loud")}
+    tpvc.quantize(tiny_llama, artefact, method="rtn", group=32, roads=roads)
     folder = tpvc.export(artefact, tmp_path / "onnx", accuracy_level=0)
     options = {"windows": 3, "seqlen": 16, "threads": 1}
     base = tpvc.measure(artefact, **options)

@@ -16,7 +16,7 @@ theta 0 and alpha 1 are the identity. Everything is kept and multiplied in float
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
@@ -170,49 +170,57 @@ def fold_(weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
 
     R is never built; the working memory is a few rows.
     """
-    cosine, sine = (v.to(weight.device) for v in rotation.vectors)
     for matrix in (weight,) if bias is None else (weight, bias[:, None]):
-        for lo, hi in _pairs(len(matrix), rotation.group):
-            a, b = matrix[lo].float(), matrix[hi].float()
-            low, high = cosine[lo, None] * a - sine[lo, None] * b, cosine[hi, None] * b + sine[hi, None] * a
-            matrix[lo], matrix[hi] = low.to(matrix.dtype), high.to(matrix.dtype)
+        for lo, hi, (c_lo, c_hi), (s_lo, s_hi) in _pairs(matrix, rotation):
+            a, b = lo.float(), hi.float()
+            low, high = c_lo * a - s_lo * b, c_hi * b + s_hi * a
+            lo.copy_(low)
+            hi.copy_(high)
 
 
 def unfold_(weight: Tensor, bias: Tensor | None, rotation: Rotation, where: str) -> None:
     """In place: the inverse of `fold_` in closed form, `det = C_lo C_hi + S_lo S_hi` a pair.
 
-    TpvcError that names the pair where det is 0 as far as float32 can tell: the two rows of its block, of lengths r_lo
-    and r_hi, are then parallel within the rounding of their angles (det = r_lo r_hi sin of the angle between them).
+    TpvcError where `check_invertible` refuses: nothing brings such weights back.
     """
-    cosine, sine = (v.to(weight.device) for v in rotation.vectors)
-    for lo, hi in _pairs(len(weight), rotation.group):
-        det = cosine[lo] * cosine[hi] + sine[lo] * sine[hi]
-        lengths = torch.hypot(cosine[lo], sine[lo]) * torch.hypot(cosine[hi], sine[hi])
-        singular = ~(det.abs() > 4 * torch.finfo(torch.float32).eps * lengths)
-        if bool(singular.any()):
-            bad = int(singular.nonzero()[0])
-            raise TpvcError(
-                f"the rotation of '{where}' is singular at outputs {lo.start + bad} and {hi.start + bad}, so that it"
-                " cannot be taken out again; use the original weights"
-            )
+    check_invertible(rotation, where)
     for matrix in (weight,) if bias is None else (weight, bias[:, None]):
-        for lo, hi in _pairs(len(matrix), rotation.group):
-            a, b = matrix[lo].float(), matrix[hi].float()
-            det = (cosine[lo] * cosine[hi] + sine[lo] * sine[hi])[:, None]
-            low = (cosine[hi, None] * a + sine[lo, None] * b) / det
-            high = (cosine[lo, None] * b - sine[hi, None] * a) / det
-            matrix[lo], matrix[hi] = low.to(matrix.dtype), high.to(matrix.dtype)
+        for lo, hi, (c_lo, c_hi), (s_lo, s_hi) in _pairs(matrix, rotation):
+            a, b, det = lo.float(), hi.float(), c_lo * c_hi + s_lo * s_hi
+            low, high = (c_hi * a + s_lo * b) / det, (c_lo * b - s_hi * a) / det
+            lo.copy_(low)
+            hi.copy_(high)
 
 
-def _pairs(features: int, group: int) -> list[tuple[slice, slice]]:
-    """Runs of paired outputs: (lo, hi), at most ROWS_AT_ONCE long."""
-    half = group // 2
-    return [
-        (slice(start, stop), slice(start + half, stop + half))
-        for first in range(0, features, group)
-        for start in range(first, first + half, ROWS_AT_ONCE)
-        for stop in (min(start + ROWS_AT_ONCE, first + half),)
-    ]
+def check_invertible(rotation: Rotation, where: str) -> None:
+    """TpvcError that names the first pair where det is 0 as far as float32 can tell: the two rows of its block, of
+    lengths r_lo and r_hi, are parallel within the rounding of their angles (det = r_lo r_hi sin of the angle between).
+    """
+    cosine, sine = rotation.vectors
+    (c_lo, c_hi), (s_lo, s_hi) = halves(cosine, rotation.group), halves(sine, rotation.group)
+    det, lengths = c_lo * c_hi + s_lo * s_hi, torch.hypot(c_lo, s_lo) * torch.hypot(c_hi, s_hi)
+    singular = ~(det.abs() > 4 * torch.finfo(torch.float32).eps * lengths)
+    if bool(singular.any()):
+        group, place = singular.nonzero()[0].tolist()
+        lo = group * rotation.group + place
+        raise TpvcError(
+            f"the rotation of '{where}' is singular at outputs {lo} and {lo + rotation.group // 2}, so that it cannot"
+            " be taken out again; use the original weights"
+        )
+
+
+def _pairs(matrix: Tensor, rotation: Rotation) -> Iterator[tuple]:
+    """(lo, hi, (C_lo, C_hi), (S_lo, S_hi)) of one lot of row pairs after the other: views [g, j, k] of a contiguous
+    matrix [n, k], about ROWS_AT_ONCE rows together, and their factors [g, j, 1]."""
+    half = rotation.group // 2
+    rows = matrix.view(-1, 2, half, matrix.shape[1])
+    factors = [tuple(h[..., None] for h in halves(v.to(matrix.device), rotation.group)) for v in rotation.vectors]
+    groups, width = max(1, ROWS_AT_ONCE // rotation.group), max(1, ROWS_AT_ONCE // 2)
+    for g in range(0, len(rows), groups):
+        for j in range(0, half, width):
+            at = (slice(g, g + groups), slice(j, j + width))
+            part = rows[at[0], :, at[1]]
+            yield part[:, 0], part[:, 1], *(tuple(f[at] for f in pair) for pair in factors)
 
 
 def adjacent_order(features: int, group: int) -> Tensor:

@@ -5,11 +5,6 @@ import math
 import pytest
 import torch
 
-from tpvc.compiler import frontends
-from tpvc.compiler.adapters import road_files
-from tpvc.compiler.adapters.road import Road, Rotation
-from tpvc.compiler.program import linears
-
 WINDOWS = ["--windows", 6, "--seqlen", 32]
 
 
@@ -22,7 +17,6 @@ def text(tmp_path_factory):
 
 def test_perplexity_is_the_protocols(ok, tiny_llama, text):
     """Against transformers' own model: float32 sums over 64 to 384 terms, a mean of 186 losses, 1e-5 of it."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(tiny_llama)(text.read_text(), add_special_tokens=False)["input_ids"]
@@ -52,15 +46,11 @@ def test_runtime_and_interpreter_agree(ok, artefact, exported, tiny_llama, text)
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, ok, tiny_llama):
+def deployed(tmp_path_factory, ok, write_adapter, tiny_llama):
     """An artefact with a random adapter called "loud"."""
-    out, program = tmp_path_factory.mktemp("deployed"), frontends.load(tiny_llama)
-    generator, rotations = torch.Generator().manual_seed(0), {}
-    for node in linears(n for n in program.nodes if n.block is not None):
-        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
-        rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
-    road_files.write(Road("loud", rotations), out / "loud", program, {})
-    ok("quantize", tiny_llama, "-o", out / "w4", "--method", "rtn", "--group-size", 32, "--road", f"{out / 'loud'}")
+    out = tmp_path_factory.mktemp("deployed")
+    road = write_adapter(tiny_llama, out / "loud")
+    ok("quantize", tiny_llama, "-o", out / "w4", "--method", "rtn", "--group-size", 32, "--road", road)
     return out / "w4"
 
 

@@ -1,32 +1,15 @@
 """`tpvc run`: the same tokens from either runtime."""
 
 import pytest
-import torch
-
-from tpvc.compiler import frontends
-from tpvc.compiler.adapters import road_files
-from tpvc.compiler.adapters.road import Road, Rotation
-from tpvc.compiler.program import linears
 
 PROMPT = "The quick brown fox"
 
 
-def adapter(model, directory, seed=0):
-    """A random adapter of `model` in PEFT's format: every linear of every block, angles of half a radian."""
-    program, generator = frontends.load(model), torch.Generator().manual_seed(seed)
-    rotations = {}
-    for node in linears(n for n in program.nodes if n.block is not None):
-        theta, alpha = torch.randn(2, program.params[node.params["weight"]].shape[0] // 2, generator=generator)
-        rotations[node.name] = Rotation("road_1", 8, theta / 2, 1 + alpha / 10)
-    road_files.write(Road(directory.name, rotations), directory, program, {})
-    return directory
-
-
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, ok, tiny_llama):
+def deployed(tmp_path_factory, ok, write_adapter, tiny_llama):
     """An artefact with an adapter called "loud", and its folder for ONNX Runtime GenAI."""
     out = tmp_path_factory.mktemp("deployed")
-    road = f"loud={adapter(tiny_llama, out / 'peft')}"
+    road = f"loud={write_adapter(tiny_llama, out / 'peft')}"
     ok("quantize", tiny_llama, "-o", out / "w4", "--method", "rtn", "--group-size", 32, "--road", road)
     ok("export", out / "w4", "-o", out / "onnx", "--accuracy-level", 0)
     return out / "w4", out / "onnx"
