@@ -2,11 +2,14 @@
 
     python benchmarks/road_onnx.py ARTEFACT -o road_onnx
 
-ARTEFACT is a directory that `tpvc quantize` made. Three graphs of it are measured turn by turn: the base; one with as
-many adapters as rows on every linear of every block (road_1, random), as tpvc exports it; and the base's graph with a
-LoRA of rank 8 behind every MatMulNBits of the blocks, batched in the usual way: A and B gathered by the row's id, two
-MatMul, Add. Packed q, k and v get one LoRA, which favours it. Every row has an adapter of its own and 128 tokens in a
-shared key/value buffer, and takes one more token. "quiet" is the 10th percentile, for machines that do other work too.
+ARTEFACT is a directory that `tpvc quantize` made, or `wide`: four blocks with the sizes of Llama-3.2-1B (2048 features,
+8192 inside) and random integers, since the share of the adapters falls with the width of the linears.
+
+Three graphs are measured turn by turn: the base; one with as many adapters as rows on every linear of every block
+(road_1, random), as tpvc exports it; and the base's graph with a LoRA of rank 8 behind every MatMulNBits of the blocks,
+batched in the usual way: A and B gathered by the row's id, two MatMul, Add. Packed q, k and v get one LoRA, which
+favours it. Every row has an adapter of its own and 128 tokens in a shared key/value buffer, and takes one more token.
+"quiet" is the 10th percentile, for machines that do other work too; the ratios are medians over neighbouring steps.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from onnx import helper, numpy_helper
 from tpvc.compiler import frontends
 from tpvc.compiler.adapters.road import Road, Rotation
 from tpvc.compiler.backends.onnx import emit
-from tpvc.compiler.program import Program, linears
+from tpvc.compiler.frontends.architecture import architecture
+from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.passes.bank_road import BankRoad
 
 PAST, BUFFER = 128, 256
@@ -47,6 +51,38 @@ def random_roads(program: Program, count: int) -> tuple[Road, ...]:
         return Rotation("road_1", group, theta / 10, 1 + alpha / 10)
 
     return tuple(Road(f"task{i}", {name: rotation(n) for name, n in outputs.items()}) for i in range(count))
+
+
+def wide() -> Program:
+    """Llama-3.2-1B's block four times, W4 in groups of 64, an 8-bit head of 32,000 rows; random codes."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+    }
+    drawn, draw = architecture(config), torch.Generator().manual_seed(0)
+    params = {}
+    for name, shape in drawn.shapes.items():
+        if len(shape) == 1:
+            params[name] = torch.ones(shape)
+            continue
+        grid = Grid(8, -1, True) if "embed" in name else Grid(4, 64, False)
+        codes = torch.randint(2**grid.bits, shape, dtype=torch.uint8, generator=draw)
+        scale = torch.full((shape[0], shape[1] // grid.columns(shape[1])), shape[1] ** -0.5 / 2 ** (grid.bits - 2))
+        zero = None if grid.symmetric else torch.full_like(scale, 8, dtype=torch.uint8)
+        if zero is not None:
+            zero[0] = 7
+        params[name] = QTensor(codes, scale, zero, grid)
+    return Program(drawn.nodes, params, drawn.facts)
 
 
 def write_lora(base: Path, out: Path, count: int, blocks: set[str]) -> None:
@@ -133,10 +169,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for every number of rows")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    program = frontends.load(args.artefact)
+    program = wide() if args.artefact == "wide" else frontends.load(args.artefact)
     blocks = {n.name for n in linears(program.nodes) if n.block is not None}
     found = []
-    print(f"{'rows':>4} {'':7} {'base, ms':>10} {'RoAd, ms':>10} {'LoRA, ms':>10} {'RoAd/base':>10} {'LoRA/base':>10}")
+    print("| rows | base, ms (quiet) | RoAd | LoRA | RoAd / base | LoRA / base |\n|---|---|---|---|---|---|")
     for rows in args.rows:
         folders = {name: args.out / f"{name}-{rows}" for name in ("base", "road", "lora")}
         for folder in folders.values():
@@ -147,12 +183,11 @@ def main() -> None:
         write_lora(folders["base"], folders["lora"], rows, blocks)
         steps = {name: open_step(folder, rows, name != "base", args.threads) for name, folder in folders.items()}
         times = measure(steps, args.seconds)
-        for kind, percent in (("median", 50), ("quiet", 10)):
-            ms = {name: 1000 * float(np.percentile(t, percent)) for name, t in times.items()}
-            ratio = {name: ms[name] / ms["base"] for name in ("road", "lora")}
-            found.append({"rows": rows, "figure": kind, "steps": len(times["base"]), "ms": ms, "ratio": ratio})
-            columns = (ms["base"], ms["road"], ms["lora"], ratio["road"], ratio["lora"])
-            print(f"{rows:4} {kind:>7} " + " ".join(f"{v:10.3f}" for v in columns), flush=True)
+        ms = {name: [1000 * float(np.percentile(t, p)) for p in (50, 10)] for name, t in times.items()}
+        ratio = {name: float(np.median(times[name] / times["base"])) for name in ("road", "lora")}
+        found.append({"rows": rows, "steps": len(times["base"]), "median and quiet ms": ms, "ratio": ratio})
+        cells = [f"{ms[name][0]:.2f} ({ms[name][1]:.2f})" for name in times]
+        print(f"| {rows} | {' | '.join(cells)} | {ratio['road']:.3f} | {ratio['lora']:.3f} |", flush=True)
         for folder in folders.values():
             shutil.rmtree(folder)
     (args.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -13,18 +13,15 @@ from typing import Any
 import click
 
 from tpvc import __version__
-from tpvc.compiler.cli import bench, demo, eval, export, inspect, quantize, road, run
+from tpvc.compiler.cli import bench, console, demo, eval, export, inspect, quantize, road, run
 from tpvc.compiler.errors import TpvcError
 
 INTERRUPTED = 130
 BAD_INPUT = 2
 
 
-class Tpvc(click.Group):
-    """A group whose errors are one sentence, with its commands in the order of use."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+class Tpvc(console.Ordered):
+    """A group whose errors are one sentence."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         if not standalone_mode:

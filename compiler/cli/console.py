@@ -44,6 +44,13 @@ def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(legal(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
+class Ordered(click.Group):
+    """A group that lists its commands in the order of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 class Bars:
     """One bar a stage with the time that is left: `with Bars() as bars: work(progress=bars)`.
 

@@ -12,7 +12,7 @@ from tpvc.compiler import units
 from tpvc.compiler.cli import console, road_tune
 from tpvc.compiler.cli.quantize import named_directories
 
-command = click.Group(
+command = console.Ordered(
     "road",
     help="Train RoAd adapters, fold them into weights, and combine them.",
     epilog="""\b

@@ -75,21 +75,24 @@ def read_examples(
 def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int, eos: int | None) -> list[Encoded]:
     """Tokens of every example: those the tokenizer begins a text with, the prompt, the completion, `eos`.
 
-    Prompt and completion are tokenised apart, as when a model is asked the prompt and answers. An example of more than
-    `max_length` tokens loses the beginning of its prompt, never of its answer. TpvcError, with the example's number,
-    where the completion does not fit or nothing stands before it.
+    The prompt is tokenised by itself, as when a model is asked it. The completion is what the tokens of both together
+    add to that, or, where those begin otherwise, tokenised by itself too: a SentencePiece tokenizer puts a space before
+    a text, which is not there in the middle of one. An example of more than `max_length` tokens loses the beginning of
+    its prompt, never of its answer. TpvcError, with the example's number, where the completion does not fit or nothing
+    stands before it.
     """
     if not examples:
         return []
     begin = _begin(tokenizer)
-    prompts, completions = (
+    prompts, wholes, completions = (
         tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for texts in ([e.prompt for e in examples], [e.completion for e in examples])
+        for texts in zip(*((e.prompt, e.prompt + e.completion, e.completion) for e in examples), strict=True)
     )
     end = [] if eos is None else [eos]
     made = []
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-        answer = completion + end
+    for number, (prompt, whole, completion) in enumerate(zip(prompts, wholes, completions, strict=True), 1):
+        goes_on = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+        answer = (whole[len(prompt) :] if goes_on else completion) + end
         room = max_length - len(begin) - len(answer)
         if not begin and not prompt:
             raise TpvcError(

@@ -75,7 +75,14 @@ def road_tune(
 
     def encoded(path: str | Path) -> list[Encoded]:
         examples = read_examples(Path(path), template=template, columns=columns, labels=labels)
-        return encode_examples(tokenizer, examples, length, next(iter(program.facts.eos), None))
+        made = encode_examples(tokenizer, examples, length, next(iter(program.facts.eos), None))
+        highest = max(max(e.ids) for e in made)
+        if highest >= program.facts.vocab_size:
+            raise TpvcError(
+                f"{path} has token {highest}, the model knows {program.facts.vocab_size}; the tokenizer is not this"
+                " model's"
+            )
+        return made
 
     training, checking = encoded(data), None if validation is None else encoded(validation)
     if checking is None:

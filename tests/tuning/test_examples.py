@@ -154,6 +154,21 @@ def test_missing_files_other_types_and_templates_without_a_place(tmp_path, file)
         read_examples(file("a.jsonl", GOOD), template="Review:")
 
 
+def test_a_completion_goes_on_where_the_prompt_ended():
+    """SentencePiece style: a text begins with a space of the tokenizer's own, the middle of one does not."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("▁", "a"), ("▁a", "s"), ("▁as", "k"), ("▁", "y"), ("▁y", "e"), ("▁ye", "s")]
+    pieces = ["▁ask", "▁yes", *"▁askye", *(a + b for a, b in merges)]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert tokenizer(" yes")["input_ids"] != [1]  # by itself it would begin with two spaces
+    (found,) = encode_examples(tokenizer, [Example("ask", " yes")], 16, None)
+    assert (found.ids, found.answer) == ((0, 1), 1)
+
+
 def test_prompt_and_completion_are_tokenised_apart(tiny_tokenizer):
     prompt, completion = "The quick bro", "wn fox"
     (made,) = encode_examples(tiny_tokenizer, [Example(prompt, completion)], 64, eos=1)
