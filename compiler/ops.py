@@ -143,9 +143,11 @@ def rotate(
     """
     whole = rows == tuple(range(len(rows)))
     row = adapter_ids if whole else torch.tensor((*rows, -1), device=x.device)[adapter_ids]
+    own = row >= 0
+    if not own.any():
+        return x
     at = row.clamp(min=0)
     turned = road.rotate(x, *(bank.index_select(0, at).unsqueeze(1) for bank in (cosine, sine)), group)
-    own = row >= 0
     return turned if own.all() else torch.where(own[:, None, None], turned, x)
 
 

@@ -71,3 +71,15 @@ def test_bad_input(refused, tmp_path):
         (tmp_path / "genai_config.json").write_text(damaged)
         assert "genai_config.json" in refused("inspect", tmp_path)
     assert "nowhere" in refused("inspect", tmp_path / "nowhere")
+
+
+def test_adapters_and_a_merged_checkpoint(ok, tpvc, write_adapter, tiny_llama, tmp_path):
+    road = write_adapter(tiny_llama, tmp_path / "loud")
+    ok("quantize", tiny_llama, "-o", tmp_path / "w4", "--method", "rtn", "--group-size", 32, "--road", road)
+    facts = ok("inspect", tmp_path / "w4")
+    assert facts["adapters"] == {"loud": "road_1 in groups of 8, on 14 linears, 1,024 numbers"}
+    assert facts["facts"]["parameters"] == ok("inspect", tiny_llama)["facts"]["parameters"]
+    assert "loud" in tpvc("inspect", tmp_path / "w4").stdout
+    ok("road", "merge", tiny_llama, "--road", road, "-o", tmp_path / "merged")
+    shown = tpvc("inspect", tmp_path / "merged")
+    assert shown.exit_code == 0 and "BankRoad, FoldRoad" in shown.stdout
