@@ -73,9 +73,10 @@ def test_bad_input(refused, tmp_path):
     assert "nowhere" in refused("inspect", tmp_path / "nowhere")
 
 
-def test_adapters_and_a_merged_checkpoint(ok, tpvc, write_adapter, tiny_llama, tmp_path):
+def test_adapters_and_a_merged_checkpoint(ok, tpvc, refused, write_adapter, tiny_llama, tmp_path):
     road = write_adapter(tiny_llama, tmp_path / "loud")
     ok("quantize", tiny_llama, "-o", tmp_path / "w4", "--method", "rtn", "--group-size", 32, "--road", road)
+    assert "is an adapter; expected its base model" in refused("inspect", road)
     facts = ok("inspect", tmp_path / "w4")
     assert facts["adapters"] == {"loud": "road_1 in groups of 8, on 14 linears, 1,024 numbers"}
     assert facts["facts"]["parameters"] == ok("inspect", tiny_llama)["facts"]["parameters"]
