@@ -18,6 +18,7 @@ from tpvc.compiler.adapters.road import Road, Rotation, check_layout, halves, id
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.interpret import Weight
 from tpvc.compiler.program import Program, linears
+from tpvc.compiler.tuning.loss import Batch, answer_logits
 from tpvc.passes.bank_road import BankRoad
 
 ALL = "all-linear"
@@ -114,10 +115,8 @@ def trainee(program: Program, shape: Shape, device: str = "cpu") -> Trainee:
     return Trainee(banked, shape, params, masks, features)
 
 
-def loss_of(trained: Trainee, base: Weight, batches: Callable[[list[int]], object]) -> Callable[[list[int]], Tensor]:
+def loss_of(trained: Trainee, base: Weight, batches: Callable[[list[int]], Batch]) -> Callable[[list[int]], Tensor]:
     """The mean negative log-likelihood, in nats, of the answers' tokens in the examples with the given indices."""
-    from tpvc.compiler.tuning.loss import answer_logits
-
     def loss(indices: list[int]) -> Tensor:
         batch = batches(indices)
         logits = answer_logits(trained.program, trained.weight(base), batch, adapter=0)
