@@ -117,6 +117,7 @@ def trainee(program: Program, shape: Shape, device: str = "cpu") -> Trainee:
 
 def loss_of(trained: Trainee, base: Weight, batches: Callable[[list[int]], Batch]) -> Callable[[list[int]], Tensor]:
     """The mean negative log-likelihood, in nats, of the answers' tokens in the examples with the given indices."""
+
     def loss(indices: list[int]) -> Tensor:
         batch = batches(indices)
         logits = answer_logits(trained.program, trained.weight(base), batch, adapter=0)
