@@ -1,7 +1,7 @@
 """What rounding does to adapters: accuracy of each on its task after W4 per channel, in every way to deploy it.
 
     python benchmarks/road_tasks.py --data FOLDER -o road_tasks --tasks sst2,trec,rte       # trains the adapters
-    python benchmarks/road_quantize.py road_tasks -o road_quantize [--seeds 0,1,2] [--folded 0] [--rows ...]
+    python benchmarks/road_quantize.py road_tasks --data FOLDER -o road_quantize [--seeds 0] [--folded 0] [--rows ...]
 
     float           the adapter on the float model
     rtn bank        beside weights rounded to nearest
@@ -13,7 +13,7 @@
                     --model road_quantize/without --tag w4- -o road_tasks)
 
 All with the built-in calibration text, the same windows, recipe `fast`, head in 8 bits. Every artefact is loaded again.
-OUT/results.jsonl keeps what is done; the table comes at the end.
+OUT/results.jsonl keeps what is done, for the same tasks and seeds; the table comes at the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROWS = ("float", "rtn bank", "rtn folded", "bank, without", "bank, under", "fold
 
 
 def figures(program: Program, tokenizer, names: list[str], task_of, data: dict, weight=None) -> dict[str, dict]:
-    """{adapter: {"accuracy", "loss"}} of `names`; those that `program` does not carry are folded into it."""
+    """{adapter: {"accuracy", "loss"}} of `names`; a `program` without adapters has the one of them folded in."""
     weight = weight or interpret.in_memory(program)
     found = {}
     for name in names:
@@ -113,11 +113,11 @@ def main() -> None:
     table = {}
     for row in args.rows.split(";"):
         done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-        found = next((r["figures"] for r in done if r["row"] == row), None)
+        found = next((r["figures"] for r in done if (r["row"], r["adapters"]) == (row, list(directories))), None)
         if found is None:
             found = measure(row)
             with results.open("a") as file:
-                file.write(json.dumps({"row": row, "figures": found}) + "\n")
+                file.write(json.dumps({"row": row, "adapters": list(directories), "figures": found}) + "\n")
         table[row] = found
     print(f"| | {' | '.join(f'{t}: accuracy | loss' for t in tasks)} |\n|---|{'---|---|' * len(tasks)}")
     for row, found in table.items():

@@ -118,7 +118,7 @@ def accuracy(logits_of: Callable, examples: list[Encoded], choices: torch.Tensor
 
 
 def lora(program: Program, paths: dict, task: str, tokenizer, steps: int, lr: float, seed: int, work: Path):
-    """Train PEFT's LoRA with our loop; returns (batch -> logits, trained numbers)."""
+    """Train PEFT's LoRA with our loop; returns (batch -> logits, trained numbers, what `tune` returned)."""
     import peft
     import transformers
 
@@ -246,7 +246,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = Path(args.out) / "results.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
-    keys = ("task", "method", "seed", "model", "steps")
+    keys = ("task", "method", "seed", "model", "steps", "lr")
 
     def there() -> list[dict]:
         return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -256,8 +256,9 @@ def main() -> None:
             for method in args.methods.split(","):
                 if method == "base" and seed != int(args.seeds.split(",")[0]):
                     continue
-                wanted = (task, method, seed, args.model, args.steps)
-                if any(tuple(r[k] for k in keys) == wanted for r in there()):
+                lr = {"base": None, "lora": args.lora_lr}.get(method, args.road_lr)
+                wanted = (task, method, seed, args.model, args.steps, lr)
+                if any(tuple(r.get(k) for k in keys) == wanted for r in there()):
                     continue
                 record = run(args.model, task, method, seed, args)
                 with results.open("a") as file:

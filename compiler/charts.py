@@ -18,7 +18,7 @@ Value = float | None
 
 def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]], unit: str = "block") -> str:
     """Values above 0 per block (or another unit) on a logarithmic axis, at most two series; None and 0 are gaps."""
-    shown = [v for _, values in series for v in values if v]
+    shown = [v for _, values in series for v in values if v and math.isfinite(v)]
     if not shown:
         return ""
     low, high = _decades(min(shown), max(shown))

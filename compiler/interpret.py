@@ -112,8 +112,9 @@ def checked_ids(program: Program, adapter_ids: Tensor | None, input_ids: Tensor)
     if adapter_ids is None:
         return torch.full((rows,), -1, device=input_ids.device)
     ids = adapter_ids.tolist()
-    if adapter_ids.shape != (rows,):
-        raise TpvcError(f"adapter ids have shape {list(adapter_ids.shape)}; expected one for each of {rows} rows")
+    if adapter_ids.shape != (rows,) or adapter_ids.dtype != torch.int64:
+        kind = f"{adapter_ids.dtype} {list(adapter_ids.shape)}".removeprefix("torch.")
+        raise TpvcError(f"adapter ids have shape and type {kind}; expected one int64 for each of {rows} rows")
     if not all(-1 <= i < len(program.adapters) for i in ids):
         raise TpvcError(f"adapter ids are {ids}; expected -1 (none) to {len(program.adapters) - 1}")
     return adapter_ids

@@ -88,7 +88,7 @@ def published(out: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
         if not resumable:
             if _finished(work) and not overwrite:
                 raise TpvcError(
-                    f"'{work}' holds an unfinished quantisation; finish it, add --overwrite, or choose another output"
+                    f"'{work}' holds an unfinished run; finish it, add --overwrite, or choose another output"
                 )
             _clear(work)
         yield from _replacing(out, work, overwrite, resumable)

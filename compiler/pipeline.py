@@ -28,7 +28,7 @@ from tpvc.compiler.verify import verify
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_grid
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
-from tpvc.passes.fold_road import FoldRoad
+from tpvc.passes.fold_road import FoldRoad, as_stored
 from tpvc.passes.round_to_nearest import RoundToNearest
 
 
@@ -67,7 +67,8 @@ def quantize(
     An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block.
     """
     out = Path(out)
-    check_apart(out, model)
+    for given in (model, dataset, *(roads or {}).values()):
+        check_apart(out, given)
     check_free(out, overwrite)
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
     if fold and len(roads or {}) != 1:
@@ -75,6 +76,9 @@ def quantize(
     progress("load", 0, 1, str(model))
     source = program = frontends.load(model)
     tokenizer = frontends.tokenizer(program)
+    if source.adapters:
+        names = ", ".join(a.name for a in source.adapters)
+        raise TpvcError(f"{model} carries adapters ({names}); quantise its base, and name them with --road")
     adapters = frontends.read_roads(program, roads or {})
     adapting: list[BankRoad | FoldRoad] = [BankRoad(adapters)] if adapters else []
     adapting += [FoldRoad()] if fold else []
@@ -87,6 +91,11 @@ def quantize(
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
     calibration = None
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
+    if method == "flexround" and nsamples <= len(program.adapters):
+        raise TpvcError(
+            f"{nsamples} calibration windows do not go round the base and {len(program.adapters)} adapters;"
+            f" ask for at least {len(program.adapters) + 1}"
+        )
     if method == "flexround":
         calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
     options = {
@@ -98,7 +107,7 @@ def quantize(
         "scale_dtype": str(scale_dtype(source)).removeprefix("torch."),
     }
     if adapters:
-        options |= {"roads": {a.name: dict(a.origin) for a in adapters}, "fold": fold}
+        options |= {"roads": {a.name: a.origin["sha256"] for a in adapters}, "fold": fold}
     if method == "flexround":
         options |= {"recipe": recipe, **asdict(chosen), "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
         options |= {"seed": seed, "device": device}
@@ -111,6 +120,7 @@ def quantize(
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
+        rounded = as_stored(rounded, source)
         manifest, timings = _manifest(source, rounded, store, options, calibration, [*adapting, *passes])
         progress("write", 0, 1, str(out))
         huggingface.emit(rounded, work / ARTEFACT, tokenizer, manifest)
@@ -144,7 +154,8 @@ def export(
         raise TpvcError(f"export target is '{to}'; expected onnx or vllm")
     if portable and to != "onnx":
         raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
-    check_apart(out, artefact)
+    for given in (artefact, *(roads or {}).values()):
+        check_apart(out, given)
     check_free(out, overwrite)
     progress("export", 0, 1, str(artefact))
     program = frontends.with_roads(frontends.load(artefact), roads or {})
@@ -154,7 +165,7 @@ def export(
         "artefact": to,
         "source": {"name": program.source.name, "files": program.source.files},
         "options": {"to": to},
-        "adapters": [{"name": a.name, "trainables": a.trainables, **a.origin} for a in program.adapters],
+        "adapters": [a.record for a in program.adapters],
     }
     if (made := frontends.manifest(program)) is not None:
         manifest["source"]["manifest"] = {key: value for key, value in made.items() if key != "blocks"}
@@ -260,7 +271,7 @@ def _manifest(
         "options": options,
         "calibration": None if calibration is None else calibration.origin,
         "passes": [_pass_record(p) for p in passes],
-        "adapters": [{"name": a.name, "trainables": a.trainables, **a.origin} for a in rounded.adapters],
+        "adapters": [a.record for a in rounded.adapters],
         "blocks": records,
         "head": {
             "name": head.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from tpvc.compiler.program import Lazy, Parameter, Program, linears, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.verify import verify
 from tpvc.passes.bank_road import BankRoad
-from tpvc.passes.fold_road import FoldRoad
+from tpvc.passes.fold_road import FoldRoad, as_stored
 
 KINDS = ("disjoint", "product", "interpolate")
 
@@ -82,7 +81,7 @@ def road_compose(
     check_free(out, overwrite)
     progress("load", 0, 1, str(model))
     program = frontends.load(model)
-    parts = [road_files.read(Path(directory), program, name) for name, directory in roads.items()]
+    parts = frontends.read_roads(program, roads)
     progress("load", 1, 1, "")
     if kind == "interpolate":
         weights = [1 / len(parts)] * len(parts) if weights is None else weights
@@ -92,7 +91,7 @@ def road_compose(
     extra = {
         "tpvc": tpvc.__version__,
         "origin": dict(made.origin),
-        "adapters": [_record(part) for part in parts],
+        "adapters": [part.record for part in parts],
         "trainables": made.trainables,
         "versions": versions("torch", "safetensors"),
     }
@@ -117,13 +116,12 @@ def _rewritten(
     progress("load", 0, 1, str(model))
     program = frontends.load(model)
     tokenizer = frontends.tokenizer(program)
-    road = road_files.read(directory, program, name or directory.name)
+    (road,) = frontends.read_roads(program, {name or directory.name: directory})
     progress("load", 1, 1, "")
     folded = verify(FoldRoad()(verify(BankRoad((road,))(program), after="BankRoad")), after="FoldRoad")
-    changed = {n: p for n, p in folded.params.items() if p is not program.params[n]}
-    if direction == "unmerge":  # folding has checked that these weights can be changed; they are not folded
-        changed = _unfolded(program, road)
-    written = folded.with_params(_stored(changed, program, road, direction, progress))
+    if direction == "unmerge":  # folding has checked that these weights may be changed
+        folded = folded.with_params(_unfolded(program, road))
+    written = _told(as_stored(folded, program), program, direction, progress)
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": "checkpoint",
@@ -133,11 +131,8 @@ def _rewritten(
             "config": dict(program.source.config),
         },
         "options": {"road": road.name, "direction": direction},
-        "passes": [
-            {"name": "BankRoad", "adapters": [road.name]},
-            {"name": "FoldRoad" if direction == "merge" else "unfold_road"},
-        ],
-        "road": _record(road),
+        "passes": [{"name": "FoldRoad"}] if direction == "merge" else [{"name": "unfold_road"}],
+        "road": road.record,
         "versions": versions("torch", "transformers", "safetensors"),
     }
     with published(out, overwrite) as work:
@@ -162,31 +157,17 @@ def _unfolded(program: Program, road: Road) -> dict[str, Parameter]:
     return {name: lazy(program.params[name], node.name) for node in adapted for name in node.params.values()}
 
 
-def _stored(
-    changed: Mapping[str, Parameter], program: Program, road: Road, direction: str, progress: Progress
-) -> dict[str, Parameter]:
-    """The parameters in the dtype that the model stores them in, which must be able to hold them."""
-    done = 0
+def _told(written: Program, program: Program, direction: str, progress: Progress) -> Program:
+    """`written`, whose changed parameters say so when they are read, which writing does one by one."""
+    changed = [name for name, p in written.params.items() if p is not program.params[name]]
 
-    def lazy(name: str, parameter: Parameter) -> Lazy:
-        dtype = program.params[name].dtype
+    def lazy(done: int, name: str) -> Lazy:
+        parameter = written.params[name]
 
         def make() -> torch.Tensor:
-            nonlocal done
-            value = read(parameter).to(dtype)
-            if not bool(value.isfinite().all()):
-                raise TpvcError(
-                    f"'{name}' leaves {str(dtype).removeprefix('torch.')} when adapter '{road.name}' is"
-                    f" {direction}d; expected finite weights, leave the adapter beside them"
-                )
-            done += 1
             progress(direction, done, len(changed), name)
-            return value
+            return read(parameter)
 
-        return Lazy(tuple(parameter.shape), dtype, make)
+        return Lazy(tuple(parameter.shape), parameter.dtype, make)
 
-    return {name: lazy(name, parameter) for name, parameter in changed.items()}
-
-
-def _record(road: Road) -> dict[str, Any]:
-    return {"name": road.name, "trainables": road.trainables, **road.origin}
+    return written.with_params({name: lazy(done, name) for done, name in enumerate(changed, 1)})

@@ -58,6 +58,11 @@ class BlockStore:
                 temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return cls(directory)
 
+    def clear(self) -> None:
+        """Forget the run: it cannot be gone on with."""
+        for old in (*self.directory.glob("*.safetensors"), self.directory / "fingerprint.json"):
+            old.unlink(missing_ok=True)
+
     def finished(self, block: int) -> tuple[dict[str, Lazy], dict] | None:
         """(parameters, record) of a finished block, or None. A damaged file counts as not finished."""
         path = self._block(block)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tpvc.compiler.adapters.road import Road, check_layout
+from tpvc.compiler.adapters.fits import check_fits
+from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Node, Program, linears
+from tpvc.compiler.program import Node, Program
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,3 @@ class BankRoad:
             made.append((rotate, {params["cosine"]: cosine, params["sine"]: sine}))
             value = name
         return made
-
-
-def check_fits(road: Road, program: Program) -> None:
-    """Refuse an adapter made for another model: a linear that is not there, or has another number of outputs."""
-    outputs = {n.name: program.params[n.params["weight"]].shape[0] for n in linears(program.nodes)}
-    for name, rotation in road.rotations.items():
-        if name not in outputs:
-            raise TpvcError(
-                f"adapter '{road.name}' is for another model: it adapts '{name}', and this one has linears like"
-                f" '{next(iter(outputs), 'none')}'"
-            )
-        if rotation.features != outputs[name]:
-            raise TpvcError(
-                f"adapter '{road.name}' is for another model: it has {rotation.features} outputs for '{name}', this"
-                f" one has {outputs[name]}"
-            )
-        check_layout(rotation.variant, rotation.group, rotation.features, f"'{name}'")

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import quick_matmul
@@ -152,6 +153,7 @@ class FlexRound:
         nodes = linears(block.nodes)
         weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
         target = block.outputs(exact, block.weights, ids)
+        _check_finite(program, index, target, ids)
 
         nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}
         start = nearest
@@ -227,6 +229,16 @@ class FlexRound:
                 if step % max(1, recipe.steps // 20) == 0 or step == recipe.steps - 1:
                     curve.append([step, float(f"{loss.item():.6g}")])
         return curve
+
+
+def _check_finite(program: Program, index: int, target: Tensor, ids: Tensor) -> None:
+    """Refuse float outputs [n, L, D] of a block that are not finite, and say under which adapters."""
+    spoiled = ids[~target.flatten(1).isfinite().all(1)].unique().tolist()
+    if spoiled:
+        owners = ", ".join(program.adapters[i].name if i >= 0 else "the base" for i in spoiled)
+        raise TpvcError(
+            f"block {index} yields numbers that are not finite with {owners}; use intact weights and adapters"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,3 +82,27 @@ def _folded(program: Program, node: Node, rotation: Rotation) -> dict[str, Param
         return Lazy(tuple(parameter.shape), torch.float32, make)
 
     return {name: lazy(name) for name in node.params.values()}
+
+
+def as_stored(folded: Program, source: Program) -> Program:
+    """`folded` with its float parameters in the dtypes in which `source` stores them, rounded once, when they are read.
+
+    TpvcError, then, for a number that such a dtype cannot hold.
+    """
+
+    def lazy(name: str, parameter: Parameter, dtype: torch.dtype) -> Lazy:
+        def make() -> torch.Tensor:
+            value = read(parameter).to(dtype)
+            if not bool(value.isfinite().all()):
+                kind = str(dtype).removeprefix("torch.")
+                raise TpvcError(f"'{name}' does not fit {kind} with the adapter; leave the adapter beside the weights")
+            return value
+
+        return Lazy(tuple(parameter.shape), dtype, make)
+
+    changed = {}
+    for name, parameter in folded.params.items():
+        own = source.params.get(name)
+        if own is not None and own is not parameter and grid_of(parameter) is None:
+            changed[name] = lazy(name, parameter, own.dtype)
+    return folded.with_params(changed)

@@ -9,14 +9,22 @@ from tpvc.compiler.quick import QUICK, quick_linear, quick_matmul
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_value_and_gradients_are_those_of_a_linear_up_to_bfloat16(bias):
+def test_value_and_gradients_are_those_of_a_linear_up_to_bfloat16(bias, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(s, generator=draw) for s in ((2, 5, 96), (64, 96), (64,)))
     g = torch.randn(2, 5, 64, generator=draw)
+    told = []
+
+    def recorded(*given, whole=torch.nn.functional.linear):
+        told.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return whole(*given)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", recorded)
     given = [t.clone().requires_grad_() for t in ((x, w, b) if bias else (x, w))]
     exact = [t.clone().requires_grad_() for t in ((x, w, b) if bias else (x, w))]
     found = quick_linear(given[0], weight=given[1], bias=given[2] if bias else None)
     wanted = OPS["linear"].compute(exact[0], weight=exact[1], bias=exact[2] if bias else None)
+    assert told[0] == "bf16" and told[1] != "bf16"
     found.backward(g)
     wanted.backward(g)
     # both factors rounded to 8 bits: every product is off by at most 2^-8 of its size
@@ -25,7 +33,8 @@ def test_value_and_gradients_are_those_of_a_linear_up_to_bfloat16(bias):
     for mine, theirs, size in zip(given[:2], exact[:2], sizes[1:], strict=True):
         assert ((mine.grad - theirs.grad).abs() <= 2.01 * 2**-8 * size).all()
     if bias:
-        assert torch.equal(given[2].grad, exact[2].grad) or (given[2].grad - exact[2].grad).abs().max() < 1e-5
+        # sums of 10 numbers in two orders: 9 roundings of at most 2^-24 of the sum of sizes
+        assert ((given[2].grad - exact[2].grad).abs() <= 2 * 9 * 2**-24 * g.flatten(0, 1).abs().sum(0)).all()
 
 
 def test_the_setting_is_put_back_also_after_an_error():

@@ -6,7 +6,7 @@
                    that is a rotation all the way for road_1, and a heuristic for road_2 and road_4
 
 A linear that only some adapters have is the identity in the others. Sums and products are taken in float64 and rounded
-once, so that the order of the adapters does not show.
+once.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ theta 0 and alpha 1 are the identity. Everything is kept and multiplied in float
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import gcd
@@ -28,6 +29,9 @@ from tpvc.compiler.errors import TpvcError
 
 STORED = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """Numbers in theta, and as many in alpha, for every output of a linear."""
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""What an adapter may be called: its name becomes that of a folder and of files."""
 
 ROWS_AT_ONCE = 64
 """Rows folded together: bounds the working memory of a large matrix."""
@@ -71,6 +75,19 @@ class Road:
     def trainables(self) -> int:
         """theta and alpha of every linear, as publications count them: n, 2n or 4n a linear."""
         return sum(len(r.theta) + len(r.alpha) for r in self.rotations.values())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"name": self.name, "trainables": self.trainables, **self.origin}
+
+
+def check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise TpvcError(
+            f"an adapter is called '{name}'; expected a name of letters, digits, dots, dashes and underscores,"
+            " give one as in NAME=DIR"
+        )
 
 
 def identity(variant: str, group: int, features: int) -> Rotation:

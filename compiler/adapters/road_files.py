@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from tpvc.compiler.adapters.fits import check_fits
 from tpvc.compiler.adapters.road import STORED, Road, Rotation
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import FLOATS, Stored, read_json, stored_in
 from tpvc.compiler.output import MANIFEST
 from tpvc.compiler.program import Program, QTensor, linears, sha256
 from tpvc.compiler.program import read as read_parameter
-from tpvc.passes.bank_road import check_fits
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model.model."
@@ -201,7 +201,7 @@ def targets(road: Road, program: Program) -> list[str]:
 
 
 def base(program: Program) -> dict[str, Any] | None:
-    """What identifies the model that an adapter belongs to."""
+    """Which model an adapter was made for, to look up; names and shapes are what is checked (`check_fits`)."""
     if program.source is None:
         return None
     config = json.dumps(dict(program.source.config), sort_keys=True)

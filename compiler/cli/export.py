@@ -8,7 +8,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.quantize import named_directories
+from tpvc.compiler.cli.options import named_directories
 
 
 @click.command(

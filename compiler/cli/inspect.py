@@ -12,6 +12,7 @@ import click
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.output import ADAPTERS
 
 
 @click.command(
@@ -130,6 +131,7 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
         },
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         "matmulnbits": dict(layouts.most_common()),
+        "adapters": {f.stem: units.size(f.stat().st_size) for f in sorted((folder / ADAPTERS).glob("*.onnx_adapter"))},
         "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
         "provenance": _manifest(folder),
     }

@@ -11,9 +11,9 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
+from tpvc.compiler.cli.options import check_device, named_directories
 from tpvc.compiler.errors import TpvcError
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SCHEME = re.compile(r"W(\d+)A16(_ASYM)?", re.IGNORECASE)
 
 
@@ -44,34 +44,6 @@ def grid_options(
             "or 0 (one scale per tensor)"
         )
     return {"bits": bits, "group": group_size, "symmetric": bool(symmetric)}
-
-
-def named_directories(option: str, given: tuple[str, ...]) -> dict[str, str]:
-    """{name: directory} of ("NAME=DIR", ...); the directory's own name where none is given."""
-    found: dict[str, str] = {}
-    for item in given:
-        name, equals, directory = item.partition("=")
-        if not equals:
-            name, directory = Path(item).name, item
-        if not NAME.fullmatch(name) or name in found:
-            raise TpvcError(
-                f"found {option} {item}, expected NAME=DIR with a name of letters, digits, dots and dashes, each once"
-            )
-        found[name] = directory
-    return found
-
-
-def check_device(device: str) -> None:
-    """TpvcError unless torch can compute on `device`. Asks torch only about something else than the CPU."""
-    if device == "cpu":
-        return
-    import torch
-
-    try:
-        torch.zeros(1, device=device).add_(1).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TpvcError(f"device '{device}' cannot be used here ({reason}); expected cpu, or one torch has") from error
 
 
 @click.command(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console, road_tune
-from tpvc.compiler.cli.quantize import named_directories
+from tpvc.compiler.cli.options import named_directories
 
 command = console.Ordered(
     "road",
@@ -140,7 +141,7 @@ def compose(
         return console.print_json({"directory": str(out), "seconds": took, "manifest": manifest})
     show = console.out().print
     show(f"[bold]{out}[/] written in {units.seconds(took)}, {manifest['trainables']:,} numbers")
-    show(f"  next: tpvc quantize {model} --road {out} -o OUT    or    tpvc road merge {model} --road {out} -o OUT")
+    show(f'  next: tpvc run {model} --adapter {quote(str(out))} --raw "..."', markup=False)
 
 
 def _rewrite(work: Any, model: str, road: str, out: Path, overwrite: bool, as_json: bool) -> None:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.errors import TpvcError
-
-
-def pairs_option(name: str, given: tuple[str, ...]) -> dict[str, str] | None:
-    """{"text": "sentence"} of ("text=sentence",); TpvcError for what has no equals sign or comes twice."""
-    found: dict[str, str] = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals or not key or not value or key in found:
-            raise TpvcError(f"found {name} '{item}', expected {name} FIELD=VALUE, each field once")
-        found[key] = value
-    return found or None
+from tpvc.compiler.cli.options import check_device, fields, road_argument
 
 
 @click.command(
@@ -38,7 +28,7 @@ Examples:
 FILE holds one example a line or row: jsonl with "prompt" and "completion", or with "text" and
 "label" (csv and tsv: columns of these names). Only the completion, or the label, is learned.
 The directory is what PEFT loads, with tpvc.json and report.html. Use it with
-  tpvc run MODEL --adapter DIR "..."
+  tpvc run MODEL --adapter DIR --raw "..."               --raw: prompts are trained as they stand
   tpvc quantize MODEL --road NAME=DIR -o OUT             before rounding: folded, or beside the integers
   tpvc export MODEL --road NAME=DIR -o OUT               on a MODEL that is rounded already
 A run that was interrupted goes on where it stopped when the same command is given again.
@@ -92,10 +82,9 @@ def command(
 
     RoAd rotates and scales pairs of every linear's outputs. The weights do not change; they may be integers.
     """
-    from tpvc.compiler.cli.quantize import check_device
-
     check_device(options["device"])
-    options["columns"], options["labels"] = pairs_option("--column", column), pairs_option("--label", label)
+    options["columns"] = fields("--column FIELD=COLUMN", column)
+    options["labels"] = fields("--label VALUE=WORDS", label)
     options["targets"] = targets if targets == "all-linear" else [t.strip() for t in targets.split(",") if t.strip()]
     if options["template"] is not None:
         options["template"] = options["template"].replace("\\n", "\n")
@@ -116,4 +105,14 @@ def command(
     show(f"  validation  loss {kept[1]:.4g}, {100 * kept[2]:.1f} % of the answers right, at step {kept[0]}")
     show(f"  before      loss {checks[0][1]:.4g}, {100 * checks[0][2]:.1f} %")
     show(f"  report      {out / 'report.html'}")
-    show(f'  next        tpvc run {model} --adapter {out} "..."    or    tpvc quantize {model} --road {out} -o OUT')
+    then = "quantize" if base_is_float(model) else "export"
+    show(f'  next        tpvc run {model} --adapter {quote(str(out))} --raw "..."', markup=False)
+    show(f"              tpvc {then} {model} --road {road_argument(out)} -o OUT", markup=False)
+
+
+def base_is_float(model: str) -> bool:
+    """Can `model` still be quantised?"""
+    from tpvc.compiler.frontends import load
+    from tpvc.compiler.program import grid_of
+
+    return not any(grid_of(p) for p in load(model).params.values())

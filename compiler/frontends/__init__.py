@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpvc.compiler.adapters.road import Road
+from tpvc.compiler.adapters.road import NAME, Road, check_name
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ADAPTERS, MANIFEST
 from tpvc.compiler.program import Program
@@ -75,7 +75,9 @@ def read_roads(program: Program, directories: Mapping[str, str | Path]) -> tuple
     """The RoAd adapters in {name: PEFT directory} for `program`."""
     from tpvc.compiler.adapters import road_files
 
-    return tuple(road_files.read(Path(directory), program, name) for name, directory in directories.items())
+    for name in directories:
+        check_name(name)
+    return tuple(road_files.read(Path(d).expanduser(), program, name) for name, d in directories.items())
 
 
 def with_roads(program: Program, directories: Mapping[str, str | Path]) -> Program:
@@ -91,7 +93,8 @@ def load_for(model: str | Path, adapter: str | None) -> tuple[Program, str | Non
     if adapter is None or adapter in [a.name for a in program.adapters] or not Path(adapter).expanduser().is_dir():
         return program, adapter
     name = Path(adapter).expanduser().resolve().name
-    return with_roads(program, {name: Path(adapter).expanduser()}), name
+    name = name if NAME.fullmatch(name) else "adapter"
+    return with_roads(program, {name: adapter}), name
 
 
 def _directory(path: Path, name: str) -> Program:
@@ -109,7 +112,7 @@ def _with_adapters(program: Program) -> Program:
             return program
     names = [entry["name"] for entry in listed if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
     folder = program.source.directory / ADAPTERS
-    if len(names) < len(listed) or any(Path(name).name != name for name in names):
+    if len(names) < len(listed) or not all(NAME.fullmatch(name) for name in names):
         raise TpvcError(
             f"{program.source.directory / MANIFEST} lists adapters without a plain name; expected file names"
         )

@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or TpvcError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TpvcError(f"{path} cannot be read as JSON ({error}); expected a JSON object") from error
     if not isinstance(value, dict):
         raise TpvcError(f"{path} holds a {type(value).__name__}; expected a JSON object")

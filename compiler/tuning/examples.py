@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +92,8 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int
     for number, (prompt, whole, completion) in enumerate(zip(prompts, wholes, completions, strict=True), 1):
         goes_on = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
         answer = (whole[len(prompt) :] if goes_on else completion) + end
+        if not answer:
+            raise TpvcError(f"the completion of example {number} has no token; expected what the model is to write")
         room = max_length - len(begin) - len(answer)
         if not begin and not prompt:
             raise TpvcError(
@@ -117,7 +118,11 @@ def _begin(tokenizer: Any) -> list[int]:
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, fields) of every record."""
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:
+        there = False
+    if not there:
         raise TpvcError(f"there is no file {path}; expected examples to learn from")
     if path.suffix.lower() not in SUFFIXES:
         raise TpvcError(f"examples cannot be read from {path}; expected a file of type {', '.join(SUFFIXES)}")
@@ -148,8 +153,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}, line {number},"
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deep")
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", None) or str(error).splitlines()[0]
                 raise TpvcError(f"{where} is not JSON ({reason}); expected one record a line") from None
             if not isinstance(record, dict):
                 raise TpvcError(
@@ -160,7 +165,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)
     number = 0
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
@@ -236,6 +241,10 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     """A field as text: numbers, true and false as JSON spells them."""
     value = record[name]
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise TpvcError(f"{where} has half a character as '{name}'; expected text that UTF-8 can hold") from None
         return value
     if isinstance(value, bool | int | float):
         return json.dumps(value)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.loss import Answers
@@ -83,6 +84,7 @@ def tune(
     while True:
         if fresh:
             answers = validate()
+            _check_finite(answers.loss, step, store)
             if not checks or answers.loss < min(c[1] for c in checks):
                 best, best_step = {n: p.detach().clone() for n, p in params.items()}, step
             checks.append([step, answers.loss, answers.exact])
@@ -98,6 +100,7 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             value = loss(batch_indices(lengths, schedule, step))
+            _check_finite(value.item(), step, store)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             for name, mask in masks.items():
@@ -108,6 +111,13 @@ def tune(
             progress("tune", step, schedule.steps, f"loss {value.item():.4g}, {note}")
         curve.append([step, total / (step - first)])
         fresh = True
+
+
+def _check_finite(loss: float, step: int, store: BlockStore) -> None:
+    """TpvcError where a run has diverged; what it has stored would only bring it here again."""
+    if not math.isfinite(loss):
+        store.clear()
+        raise TpvcError(f"the loss is {loss} at step {step}; expected a finite number, lower the learning rate")
 
 
 def batch_indices(lengths: Sequence[int], schedule: Schedule, step: int) -> list[int]:

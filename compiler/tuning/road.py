@@ -49,15 +49,23 @@ def shape(program: Program, variant: str, group: int | None, targets: str | Sequ
     """
     if pairs not in PAIRS:
         raise TpvcError(f"pairs is '{pairs}'; expected one of {', '.join(PAIRS)}")
+    if isinstance(targets, str) and targets != ALL:
+        targets = [targets]
+    if not targets:
+        raise TpvcError(f"no targets were named; expected {ALL}, or last parts of names of linears")
     inside = [n for n in linears(program.nodes) if n.block is not None]
     chosen = inside if targets == ALL else [n for n in linears(program.nodes) if n.name.split(".")[-1] in targets]
     known = sorted({n.name.split(".")[-1] for n in linears(program.nodes)})
     missing = [] if targets == ALL else sorted(set(targets) - set(known))
-    if missing or not chosen:
-        raise TpvcError(f"the model has no linear called '{(missing or ['any'])[0]}'; it has {', '.join(known)}")
+    if missing:
+        raise TpvcError(f"the model has no linear called '{missing[0]}'; it has {', '.join(known)}")
     outputs = {n.name: program.params[n.params["weight"]].shape[0] for n in chosen}
     group = gcd(GROUP, *outputs.values()) if group is None else group
     for name, features in outputs.items():
+        if features % 2 or (pairs != "all" and features < 4):
+            raise TpvcError(
+                f"'{name}' has {features} outputs, which do not make pairs enough; leave it out of --targets"
+            )
         check_layout(variant, group, features, f"'{name}'")
     return Shape(variant, group, tuple(outputs), pairs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -63,8 +64,10 @@ def road_tune(
     directory is what PEFT loads, with tpvc.json and report.html. An interrupted run goes on when the same call is made
     again, after its last finished stretch of at most 100 steps.
     """
-    out = Path(out)
-    check_apart(out, model)
+    out, data = Path(out), Path(data).expanduser()
+    validation = None if validation is None else Path(validation).expanduser()
+    for given in (model, data, *([validation] if validation else [])):
+        check_apart(out, given)
     check_free(out, overwrite)
     _check(epochs, steps, batch_size, lr, warmup, max_length)
     progress("load", 0, 1, str(model))
@@ -105,14 +108,16 @@ def road_tune(
         "columns": None if columns is None else dict(columns),
         "labels": None if labels is None else dict(labels),
     }
-    files = {Path(p).name: sha256(Path(p)) for p in (data, validation) if p is not None}
+    files = {"training": {"name": data.name, "sha256": sha256(data)}}
+    if validation is not None:
+        files["validation"] = {"name": validation.name, "sha256": sha256(validation)}
     trained = road.trainee(program, wanted, device)
     base = interpret.in_memory(program, device)
     progress("load", 1, 1, "")
 
     began = time.perf_counter()
     with published(out, overwrite, resumable=True) as work:
-        identity = {**run_identity(program), **options, "data": files, "method": "road"}
+        identity = {**run_identity(program), **options, "method": "road", "tokens": _digest(training, checking)}
         store = BlockStore.open(work / BLOCKS, identity, replace=overwrite)
         result = tune(
             trained.params,
@@ -156,8 +161,13 @@ def held_out(examples: list[Encoded], seed: int, name: str) -> tuple[list[Encode
     return [e for i, e in enumerate(examples) if i not in kept], [examples[i] for i in sorted(kept)]
 
 
+def _digest(*parts: list[Encoded]) -> str:
+    """sha256 of the tokens of all examples and where their answers begin."""
+    return hashlib.sha256(json.dumps([[(e.answer, e.ids) for e in part] for part in parts]).encode()).hexdigest()
+
+
 def _check(epochs: float, steps: int | None, batch_size: int, lr: float, warmup: float, max_length: int) -> None:
-    if (steps is not None and steps < 1) or epochs <= 0 or batch_size < 1 or max_length < 2:
+    if (steps is not None and steps < 1) or not 0 < epochs < float("inf") or batch_size < 1 or max_length < 2:
         raise TpvcError(
             f"found {epochs:g} epochs, {steps} steps, batches of {batch_size} and {max_length} tokens;"
             " expected numbers above 0, and at least 2 tokens"

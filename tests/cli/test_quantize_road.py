@@ -86,7 +86,7 @@ def test_folding_puts_the_adapter_into_the_integers(ok, base, tiny_llama, roads,
     told = ok("quantize", tiny_llama, "-o", out, *RTN, "--road", f"all={roads['all']}", "--fold")["manifest"]
     assert told["adapters"] == [] and not (out / "adapters").exists()
     assert [p["name"] for p in told["passes"][:2]] == ["BankRoad", "FoldRoad"]
-    assert told["options"]["roads"]["all"]["sha256"] and told["options"]["fold"]
+    assert told["options"]["roads"]["all"] and told["options"]["fold"]
     loaded = frontends.load(out)
     folded = FoldRoad()(BankRoad((road_files.read(roads["all"], base, "all"),))(base))
     for node in linears(loaded.nodes):
@@ -97,21 +97,99 @@ def test_folding_puts_the_adapter_into_the_integers(ok, base, tiny_llama, roads,
             assert torch.equal(there.scale, wanted.scale) and torch.equal(there.zero, wanted.zero)
 
 
-def test_flexround_runs_under_the_adapters_and_is_resumed_only_with_the_same(ok, refused, tiny_llama, roads, tmp_path):
-    out, learn = tmp_path / "w3", ("--bits", 3, "--group-size", 32, "--iters", 4, "--nsamples", 16, "--seqlen", 16)
+LEARN = ("--bits", 3, "--group-size", 32, "--iters", 4, "--nsamples", 16, "--seqlen", 16)
+
+
+def test_flexround_runs_under_the_adapters_and_gives_the_same_bytes(ok, tiny_llama, roads, tmp_path):
+    out, again = tmp_path / "w3", tmp_path / "again"
     both = [o for name, directory in roads.items() for o in ("--road", f"{name}={directory}")]
-    told = ok("quantize", tiny_llama, "-o", out, *learn, *both)["manifest"]
+    told = ok("quantize", tiny_llama, "-o", out, *LEARN, *both)["manifest"]
     assert [p["name"] for p in told["passes"]] == ["BankRoad", "FlexRound", "RoundToNearest"]
-    again = tmp_path / "again"
-    ok("quantize", tiny_llama, "-o", again, *learn, *both)
+    ok("quantize", tiny_llama, "-o", again, *LEARN, *both)
     for path in sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.name != "report.html"):
         assert (out / path).read_bytes() == (again / path).read_bytes(), path
+
+
+def test_a_stopped_run_goes_on_with_the_same_adapters_only(ok, tpvc, refused, tiny_llama, roads, tmp_path, monkeypatch):
+    from tpvc.passes.flexround import FlexRound
+
+    whole, fit = tmp_path / "whole", FlexRound._fit
+    given = ("quantize", tiny_llama, *LEARN, "--road", f"a={roads['all']}")
+    ok(*given, "-o", whole)
+
+    def stopping(self, program, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        return fit(self, program, index, *rest)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(FlexRound, "_fit", stopping)
+    assert tpvc(*given, "-o", out).exit_code == 130
+    monkeypatch.undo()
+    assert "roads is" in refused("quantize", tiny_llama, *LEARN, "--road", f"a={roads['some']}", "-o", out)
+    ok(*given, "-o", out)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_that_is_read_is_never_replaced(refused, tiny_llama, roads, tmp_path):
+    import shutil
+
+    place = tmp_path / "a"
+    shutil.copytree(roads["all"], place)
+    for command in (("quantize", *RTN), ("export",)):
+        said = refused(command[0], tiny_llama, *command[1:], "--road", f"x={place}", "-o", place, "--overwrite")
+        assert "would be lost" in said and (place / "adapter_config.json").exists()
+
+
+def test_what_stays_in_float_keeps_its_dtype_when_folded(ok, tmp_path, tiny_tokenizer):
+    """Biases of a bfloat16 model are folded in float32 and stored as the model stores them."""
+    from safetensors import safe_open
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+    )
+    model = tmp_path / "qwen"
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    program = frontends.load(model)
+    bias = program.params["model.layers.0.self_attn.q_proj.bias"]
+    road_files.write(
+        Road("a", {"model.layers.0.self_attn.q_proj": Rotation("road_1", 32, torch.ones(32), torch.ones(32))}),
+        tmp_path / "a",
+        program,
+        {},
+    )
+    ok("quantize", model, "-o", tmp_path / "out", *RTN, "--road", tmp_path / "a", "--fold")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.get_tensor("model.layers.0.self_attn.q_proj.bias").dtype == read(bias).dtype == torch.bfloat16
+
+
+def test_a_model_that_carries_adapters_is_not_quantised(ok, refused, tiny_llama, roads, tmp_path):
+    ok("export", tiny_llama, "--to", "vllm", "-o", tmp_path / "float", "--road", f"a={roads['all']}")
+    assert "carries adapters (a)" in refused("quantize", tmp_path / "float", "-o", tmp_path / "out", *RTN)
+
+
+def test_numbers_that_leave_float32_are_refused_by_the_adapters_name(refused, base, tiny_llama, tmp_path):
+    large = Rotation("road_1", 32, torch.zeros(64), torch.full((64,), 1e38))
+    huge = Road("huge", {f"model.layers.0.mlp.{n}": large for n in ("gate_proj", "up_proj")})
+    road_files.write(huge, tmp_path / "huge", base, {})
+    said = refused("quantize", tiny_llama, "-o", tmp_path / "out", *LEARN, "--road", tmp_path / "huge")
+    assert "not finite with huge" in said
 
 
 def test_exported_for_vllm_the_adapters_come_along(ok, tiny_llama, roads, tmp_path):
     out, vllm = tmp_path / "w4", tmp_path / "vllm"
     ok("quantize", tiny_llama, "-o", out, *RTN, "--road", f"some={roads['some']}")
     ok("export", out, "--to", "vllm", "-o", vllm)
+    assert "serves the base model" in json.loads((vllm / "tpvc.json").read_text())["notes"][0]
     kept = vllm / "adapters" / "some" / "adapter_model.safetensors"
     assert kept.read_bytes() == (roads["some"] / "adapter_model.safetensors").read_bytes()
 
@@ -119,8 +197,11 @@ def test_exported_for_vllm_the_adapters_come_along(ok, tiny_llama, roads, tmp_pa
 def test_bad_adapters_are_one_sentence_and_nothing_is_written(refused, tiny_llama, roads, tmp_path):
     cases = (
         (("--road", "a=nowhere"), "nowhere"),
-        (("--road", f"a={roads['all']}", "--road", f"a={roads['some']}"), "each once"),
-        (("--road", f"a/b={roads['all']}"), "expected NAME=DIR"),
+        (("--road", f"a={roads['all']}", "--road", f"a={roads['some']}"), "two adapters called 'a'"),
+        (("--road", f"a/b={roads['all']}"), "an adapter is called 'a/b'"),
+        (("--road", f"..={roads['all']}"), "an adapter is called '..'"),
+        (("--road", f"={roads['all']}"), "an adapter is called ''"),
+        (("--road", f"a={roads['all']}", "--method", "flexround", "--nsamples", 1), "1 calibration windows do not go"),
         (("--fold",), "exactly one adapter, found 0"),
         (("--fold", "--road", f"a={roads['all']}", "--road", f"b={roads['some']}"), "exactly one adapter, found 2"),
     )

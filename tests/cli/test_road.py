@@ -107,7 +107,7 @@ def test_a_merged_checkpoint_is_the_model_with_the_adapter(ok, tiny_llama, llama
     assert manifest == json.loads((tmp_path / "merged" / "tpvc.json").read_text())
     assert manifest["artefact"] == "checkpoint"
     assert manifest["source"]["files"] == llama.source.files
-    assert [p["name"] for p in manifest["passes"]] == ["BankRoad", "FoldRoad"]
+    assert [p["name"] for p in manifest["passes"]] == ["FoldRoad"]
     assert manifest["road"]["sha256"] and manifest["road"]["variant"] == variant
     assert manifest["road"]["trainables"] == road.trainables
     assert not load(tmp_path / "merged").adapters
@@ -229,7 +229,7 @@ def test_product_and_interpolation(ok, tpvc, tiny_llama, llama, own, written, tm
         torch.testing.assert_close(found["mean"][name], mean.float(), rtol=EPS, atol=0)
         assert torch.equal(found["second"][name], parts[1][name])
     result = tpvc("road", "compose", "product", own, other, *base, tmp_path / "product", "--overwrite")
-    assert result.exit_code == 0 and "next: tpvc quantize" in result.stdout
+    assert result.exit_code == 0 and "next: tpvc run" in result.stdout
 
 
 def test_what_is_refused_leaves_nothing(refused, tiny_llama, llama, artefact, own, written, copy_of, tmp_path):
@@ -241,7 +241,7 @@ def test_what_is_refused_leaves_nothing(refused, tiny_llama, llama, artefact, ow
     nowhere = tmp_path / "nowhere"
     assert "holds integers, into which a rotation cannot be folded" in no("merge", artefact, "--road", own)
     assert "is not a directory" in no("merge", tiny_llama, "--road", nowhere)
-    assert "expected NAME=DIR" in no("merge", tiny_llama, "--road", f"a/b={own}")
+    assert "an adapter is called 'a/b'" in no("merge", tiny_llama, "--road", f"a/b={own}")
     assert "no adapter_config.json" in no("merge", tiny_llama, "--road", tiny_llama)
 
     still = road_of(llama, make=lambda variant, features, seed: identity(variant, GROUP, features))
@@ -252,7 +252,7 @@ def test_what_is_refused_leaves_nothing(refused, tiny_llama, llama, artefact, ow
     flat.rotations["model.layers.1.mlp.up_proj"].alpha[5] = 1e8
     half = copy_of(torch.float16)
     said = no("merge", half, "--road", written(flat, half, "huge"))
-    assert "'model.layers.1.mlp.up_proj.weight' leaves float16 when adapter 'huge' is merged" in said
+    assert "'model.layers.1.mlp.up_proj.weight' does not fit float16" in said
 
     compose = ("compose", "--base", tiny_llama)
     two = written(road_of(llama, "road_2"), tiny_llama, "two")

@@ -119,8 +119,11 @@ def test_csv_with_named_columns_and_halves(ok, tiny_llama, tmp_path):
         (("--group-size", "48"), "does not divide"),
         (("--targets", "query"), "no linear called 'query'"),
         (("--column", "label=klass"), "klass"),
-        (("--column", "label"), "expected --column FIELD=VALUE"),
+        (("--column", "label"), "expected --column FIELD=COLUMN"),
         (("--lr", "0"), "expected a rate above 0"),
+        (("--lr", "1e30", "--steps", "20"), "lower the"),
+        (("--epochs", "nan"), "expected numbers above 0"),
+        (("--targets", ","), "no targets were named"),
         (("--validation", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--template", "{title}"), "title"),
         (("--device", "cuda:9"), "cannot be used here"),
@@ -130,6 +133,33 @@ def test_bad_wishes_are_one_sentence(refused, tiny_llama, data, tmp_path, option
     out = tmp_path / "out"
     assert words in refused("road", "tune", tiny_llama, "--data", data, "-o", out, *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_is_never_replaced(refused, tiny_llama, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tpvc.json").write_text("{}")
+    (out / "train.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    said = refused("road", "tune", tiny_llama, "--data", out / "train.jsonl", "-o", out, "--overwrite")
+    assert "would be lost" in said and (out / "train.jsonl").exists()
+
+
+def test_changed_examples_are_another_run(tpvc, refused, tiny_llama, tmp_path, monkeypatch):
+    """Also when training and validation files share a name."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    paths = [tmp_path / part / "d.jsonl" for part in ("train", "dev")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps({"prompt": f"a {i}", "completion": "b"}) + "\n" for i in range(12)))
+    given = ("road", "tune", tiny_llama, "--data", paths[0], "--validation", paths[1], "-o", tmp_path / "out")
+    monkeypatch.setattr(module.road, "loss_of", lambda *_: stopped)
+    assert tpvc(*given, "--steps", 4).exit_code == 130
+    monkeypatch.undo()
+    paths[0].write_text(paths[0].read_text().replace("a 3", "a 4"))
+    assert "tokens is" in refused(*given, "--steps", 4)
 
 
 def test_too_few_examples(refused, tiny_llama, tmp_path):

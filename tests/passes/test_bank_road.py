@@ -235,9 +235,10 @@ def test_ids_that_name_nothing_are_refused_and_leave_nothing_behind(program, roa
     banked, (ids, mask, chosen) = BankRoad(roads)(program), batch()
     before = logits(banked, ids, mask, adapter_ids=chosen)
     for bad, words in (
-        ([0] * 6, r"have shape \[6\]; expected one for each of 7 rows"),
-        ([0] * 8, r"have shape \[8\]; expected one for each of 7 rows"),
-        ([[0]] * 7, r"have shape \[7, 1\]; expected one for each of 7 rows"),
+        ([0.0] * 7, r"float32 \[7\]; expected one int64"),
+        ([0] * 6, r"int64 \[6\]; expected one int64 for each of 7 rows"),
+        ([0] * 8, r"int64 \[8\]; expected one int64 for each of 7 rows"),
+        ([[0]] * 7, r"int64 \[7, 1\]; expected one int64 for each of 7 rows"),
         ([0] * 6 + [3], r"adapter ids are \[0, 0, 0, 0, 0, 0, 3\]; expected -1 \(none\) to 2"),
         ([-2] + [0] * 6, r"expected -1 \(none\) to 2"),
     ):

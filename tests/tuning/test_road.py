@@ -140,7 +140,8 @@ def test_targets_groups_and_bad_wishes(program):
         (("road_1", 48, road.ALL, "all"), "does not divide"),
         (("road_1", 7, road.ALL, "all"), "even number"),
         (("road_1", None, road.ALL, "third"), "expected one of all, first, second"),
-        (("road_1", None, [], "all"), "no linear"),
+        (("road_1", None, [], "all"), "no targets were named"),
+        (("road_1", None, "query", "all"), "no linear called 'query'"),
     ):
         with pytest.raises(TpvcError, match=words):
             road.shape(program, *wish)

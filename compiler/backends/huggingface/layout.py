@@ -62,6 +62,8 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
             pieces.append(_integers(owners, param, form))
             modules |= {owner: (grid, param.shape[1], form) for owner in owners}
 
+    if program.adapters and runtime == "vllm":
+        notes.append("vLLM serves the base model and does not read the adapters in 'adapters'; fold one to serve it")
     if modules:
         conv = sorted(module for module in modules if f"{module}.weight" in transposed)
         if conv:

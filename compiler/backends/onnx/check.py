@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tpvc.compiler.adapters.road import check_name
 from tpvc.compiler.backends.onnx.fusions import features, head_dim
 from tpvc.compiler.backends.onnx.standard import Lower
 from tpvc.compiler.errors import TpvcError
@@ -22,10 +23,7 @@ def check(program: Program, table: Mapping[str, Lower], accuracy_level: int) -> 
         if fact:
             raise TpvcError(f"node '{node.name}' ({node.op}) cannot be exported to ONNX: {fact}")
     for adapter in program.adapters:
-        if not adapter.name.strip(".") or set(adapter.name) & set('<>:"/\\|?*') or not adapter.name.isprintable():
-            raise TpvcError(
-                f"adapter '{adapter.name}' cannot be exported: its name becomes a file's; give it another one"
-            )
+        check_name(adapter.name)
     widths, layers = features(program), [n for n in program.nodes if n.op == "attention"]
     shapes = {(n.attrs["kv_heads"], head_dim(n, widths)) for n in layers}
     if len(shapes) != 1:

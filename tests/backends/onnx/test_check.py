@@ -79,7 +79,7 @@ def test_rotation_without_its_adapters(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", "a\n", "c:d"])
 def test_adapter_whose_name_is_no_file_name(name, tiny, tmp_path):
-    refused(banked(tiny.build("llama"), name), tmp_path, "cannot be exported")
+    refused(banked(tiny.build("llama"), name), tmp_path, "expected a name of letters")
 
 
 @pytest.mark.parametrize("level", [2, 3, 5])
