@@ -145,7 +145,9 @@ def open_step(directory: Path, rows: int, adapters: bool, threads: int) -> Calla
     return lambda: (model.run_with_iobinding(binding), held)
 
 
-def measure(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, np.ndarray]:
+def measure(
+    steps: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> dict[str, np.ndarray]:
     """{name: seconds of every step}: the graphs take turns of two steps, of which the second counts."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
@@ -154,9 +156,9 @@ def measure(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     while time.perf_counter() < end:
         for name, step in steps.items():
             step()
-            began = time.perf_counter()
+            began = clock()
             step()
-            found[name].append(time.perf_counter() - began)
+            found[name].append(clock() - began)
     return {name: np.array(times) for name, times in found.items()}
 
 
@@ -167,7 +169,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="for every number of rows")
+    parser.add_argument("--cpu-time", action="store_true", help="on a busy machine: CPU seconds of one thread")
     args = parser.parse_args()
+    args.threads = 1 if args.cpu_time else args.threads
     args.out.mkdir(parents=True, exist_ok=True)
     program = wide() if args.artefact == "wide" else frontends.load(args.artefact)
     blocks = {n.name for n in linears(program.nodes) if n.block is not None}
@@ -182,7 +186,7 @@ def main() -> None:
             emit(given, folders[name], None)
         write_lora(folders["base"], folders["lora"], rows, blocks)
         steps = {name: open_step(folder, rows, name != "base", args.threads) for name, folder in folders.items()}
-        times = measure(steps, args.seconds)
+        times = measure(steps, args.seconds, time.thread_time if args.cpu_time else time.perf_counter)
         ms = {name: [1000 * float(np.percentile(t, p)) for p in (50, 10)] for name, t in times.items()}
         ratio = {name: float(np.median(times[name] / times["base"])) for name in ("road", "lora")}
         found.append({"rows": rows, "steps": len(times["base"]), "median and quiet ms": ms, "ratio": ratio})
