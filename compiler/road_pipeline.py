@@ -10,12 +10,11 @@ import torch
 import tpvc
 from tpvc.compiler import frontends
 from tpvc.compiler.adapters import compose_road, road_files
-from tpvc.compiler.adapters.road import Road, check_invertible, unfold_
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published
 from tpvc.compiler.pipeline import versions
-from tpvc.compiler.program import Lazy, Parameter, Program, linears, read
+from tpvc.compiler.program import Lazy, Program, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.verify import verify
 from tpvc.passes.bank_road import BankRoad
@@ -118,9 +117,8 @@ def _rewritten(
     tokenizer = frontends.tokenizer(program)
     (road,) = frontends.read_roads(program, {name or directory.name: directory})
     progress("load", 1, 1, "")
-    folded = verify(FoldRoad()(verify(BankRoad((road,))(program), after="BankRoad")), after="FoldRoad")
-    if direction == "unmerge":  # folding has checked that these weights may be changed
-        folded = folded.with_params(_unfolded(program, road))
+    fold = FoldRoad(inverse=direction == "unmerge")
+    folded = verify(fold(verify(BankRoad((road,))(program), after="BankRoad")), after="FoldRoad")
     written = _told(as_stored(folded, program), program, direction, progress)
     manifest = {
         "tpvc": tpvc.__version__,
@@ -131,30 +129,13 @@ def _rewritten(
             "config": dict(program.source.config),
         },
         "options": {"road": road.name, "direction": direction},
-        "passes": [{"name": "FoldRoad"}] if direction == "merge" else [{"name": "unfold_road"}],
+        "passes": [{"name": "FoldRoad", "inverse": fold.inverse}],
         "road": road.record,
         "versions": versions("torch", "transformers", "safetensors"),
     }
     with published(out, overwrite) as work:
         huggingface.emit(written, work / ARTEFACT, tokenizer, manifest)
     return out
-
-
-def _unfolded(program: Program, road: Road) -> dict[str, Parameter]:
-    """R^-1 W and R^-1 b of every adapted linear, float32, read and unfolded when asked for."""
-
-    def lazy(parameter: Parameter, linear: str) -> Lazy:
-        def make() -> torch.Tensor:
-            value = read(parameter).to(torch.float32, copy=True)
-            unfold_(value.view(len(value), -1), None, road.rotations[linear], linear)
-            return value
-
-        return Lazy(tuple(parameter.shape), torch.float32, make)
-
-    adapted = [n for n in linears(program.nodes) if n.name in road.rotations]
-    for node in adapted:  # before anything is written
-        check_invertible(road.rotations[node.name], node.name)
-    return {name: lazy(program.params[name], node.name) for node in adapted for name in node.params.values()}
 
 
 def _told(written: Program, program: Program, direction: str, progress: Progress) -> Program:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tpvc.compiler.adapters.road import Rotation, fold_
+from tpvc.compiler.adapters.road import Rotation, check_invertible, fold_, unfold_
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Lazy, Node, Parameter, Program, grid_of, read
 
@@ -24,7 +24,11 @@ class FoldRoad:
 
     TpvcError for several adapters, integer weights, weights that another node reads too (tied embeddings), and
     linears whose output is read elsewhere than through the rotation.
+
+    inverse  take out a rotation that was folded in, R^-1 W and R^-1 b; TpvcError where it is singular
     """
+
+    inverse: bool = False
 
     def __call__(self, program: Program) -> Program:
         if len(program.adapters) != 1:
@@ -41,9 +45,28 @@ class FoldRoad:
                 continue
             if node.name in rotates:
                 _check(program, node, rotates[node.name])
-                params |= _folded(program, node, road.rotations[node.name])
+                params |= self._folded(program, node, road.rotations[node.name])
             nodes.append(replace(node, inputs=tuple(gone.get(v, v) for v in node.inputs)))
         return replace(program, nodes=tuple(nodes), params=params, adapters=())
+
+    def _folded(self, program: Program, node: Node, rotation: Rotation) -> dict[str, Parameter]:
+        """R W, and R b where there is a bias (or with the inverse of R), read and folded when asked for."""
+        if self.inverse:
+            check_invertible(rotation, node.name)
+
+        def lazy(parameter: Parameter) -> Lazy:
+            def make() -> torch.Tensor:
+                value = read(parameter).to(torch.float32, copy=True)
+                matrix = value.view(len(value), -1)
+                if self.inverse:
+                    unfold_(matrix, None, rotation, node.name)
+                else:
+                    fold_(matrix, None, rotation)
+                return value
+
+            return Lazy(tuple(parameter.shape), torch.float32, make)
+
+        return {name: lazy(program.params[name]) for name in node.params.values()}
 
 
 def _check(program: Program, node: Node, rotate: Node) -> None:
@@ -66,22 +89,6 @@ def _check(program: Program, node: Node, rotate: Node) -> None:
             f"the output of '{node.name}' is read by '{readers[0]}' without the rotation, so it cannot be folded in;"
             " leave the adapter beside the weights"
         )
-
-
-def _folded(program: Program, node: Node, rotation: Rotation) -> dict[str, Parameter]:
-    """R W, and R b where there is a bias, read and folded when asked for."""
-
-    def lazy(name: str) -> Lazy:
-        parameter = program.params[name]
-
-        def make() -> torch.Tensor:
-            value = read(parameter).to(torch.float32, copy=True)
-            fold_(value.view(len(value), -1), None, rotation)
-            return value
-
-        return Lazy(tuple(parameter.shape), torch.float32, make)
-
-    return {name: lazy(name) for name in node.params.values()}
 
 
 def as_stored(folded: Program, source: Program) -> Program:
