@@ -182,7 +182,8 @@ def test_unmerge_brings_the_weights_back(ok, copy_of, llama, written, tmp_path, 
         assert after[name].dtype == value.dtype
         far = float((after[name].float() - value.float()).abs().max())
         assert far <= wide * float(value.float().abs().max()), name
-    assert made["manifest"]["passes"][-1] == {"name": "FoldRoad", "inverse": True} and made["manifest"]["road"]["name"] == "task"
+    assert made["manifest"]["passes"] == [{"name": "FoldRoad", "inverse": True}]
+    assert made["manifest"]["road"]["name"] == "task"
 
 
 def halves_of(llama):
