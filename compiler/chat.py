@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import ADAPTERS
+from tpvc.compiler.output import ADAPTERS, MANIFEST
 
 Prompt = str | list[dict[str, str]]
 """Raw text, or chat messages [{"role": ..., "content": ...}] that go through the model's chat template."""
@@ -70,16 +70,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_engine(target: str, threads: int | None = None, adapter: str | None = None) -> Engine:
+def open_engine(target: str, threads: int | None = None, adapter: str | None = None, task: str | None = None) -> Engine:
     """Load `target`: a GenAI folder, or whatever `tpvc.load` takes; with one of its adapters, or as the base model.
 
-    `adapter` is a name, or, except for a GenAI folder, the directory of a RoAd adapter in PEFT's format.
+    `adapter` and `task` are names, or, except for a GenAI folder, directories in PEFT's format: of a RoAd adapter, and
+    of a soft prompt, whose virtual tokens are then put before whatever `encode` is given.
 
-    TpvcError when it cannot be loaded, and for an adapter that it does not have.
+    TpvcError when it cannot be loaded, and for an adapter or a task that it does not have.
     """
     if is_genai(target):
-        return _genai(Path(target), threads or cores(), adapter)
-    return _interpreter(target, threads or cores(), adapter)
+        return _genai(Path(target), threads or cores(), adapter, task)
+    return _interpreter(target, threads or cores(), adapter, task)
 
 
 def room(engine: Engine, ids: list[int], wanted: int) -> int:
@@ -103,12 +104,27 @@ def adapter_file(folder: Path, name: str) -> Path:
     return found[name]
 
 
-def _genai(folder: Path, threads: int, adapter: str | None) -> Engine:
+def virtual_ids(folder: Path, task: str | None) -> list[int]:
+    """Ids of the virtual tokens of a task of a GenAI folder; none for None. TpvcError for one that it does not have."""
+    from tpvc.compiler.frontends.weights import read_json
+
+    path, found = folder / MANIFEST, {}
+    match read_json(path) if path.is_file() else {}:
+        case {"prompts": [*listed]}:
+            found = {p["name"]: list(range(p["first_id"], p["first_id"] + p["tokens"])) for p in listed}
+    if task is not None and task not in found:
+        known = f"it has {', '.join(found)}" if found else "it has none"
+        raise TpvcError(f"the model has no task '{task}'; {known}")
+    return [] if task is None else found[task]
+
+
+def _genai(folder: Path, threads: int, adapter: str | None, task: str | None) -> Engine:
     import numpy as np
     import onnxruntime_genai as og
 
     facts = genai_facts(folder)
     file = None if adapter is None else adapter_file(folder, adapter)
+    before = virtual_ids(folder, task)
     try:
         config = og.Config(str(folder))
         session = {"session_options": {"intra_op_num_threads": threads}}
@@ -169,7 +185,7 @@ def _genai(folder: Path, threads: int, adapter: str | None) -> Engine:
         vocab_size=facts["vocab_size"],
         context_length=facts["context_length"],
         size=sum(f.stat().st_size for f in folder.glob(f"{weights.name}*")),
-        encode=encode,
+        encode=lambda prompt: [*before, *encode(prompt)],
         generate=generate,
         decoder=decoder,
         logits=logits,
@@ -199,16 +215,16 @@ def _genai_text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]]
     return encode, decoder
 
 
-def _interpreter(target: str, threads: int, adapter: str | None) -> Engine:
+def _interpreter(target: str, threads: int, adapter: str | None, task: str | None) -> Engine:
     import torch
 
     from tpvc.compiler import interpret
     from tpvc.compiler.frontends import load_for, tokenizer
-    from tpvc.compiler.program import adapter_id, grid_of
+    from tpvc.compiler.program import adapter_id, grid_of, prompt_ids
 
     torch.set_num_threads(threads)
-    program, adapter = load_for(target, adapter)
-    row = torch.tensor([adapter_id(program, adapter)])
+    program, adapter, task = load_for(target, adapter, task)
+    row, before = torch.tensor([adapter_id(program, adapter)]), prompt_ids(program, task)
     facts = program.facts
     weight = interpret.in_memory(program)
 
@@ -236,7 +252,7 @@ def _interpreter(target: str, threads: int, adapter: str | None) -> Engine:
         vocab_size=facts.vocab_size,
         context_length=facts.context_length,
         size=weight_bytes(program),
-        encode=lambda prompt: pair()[0](prompt),
+        encode=lambda prompt: [*before, *pair()[0](prompt)],
         generate=generate,
         decoder=lambda: pair()[1](),
         logits=logits,

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.ops import OPS, Op
-from tpvc.compiler.program import Node, Program, QTensor, adapter_id, bank_params, dense, read
+from tpvc.compiler.ops import OPS, Op, positions
+from tpvc.compiler.program import (
+    INPUTS,
+    Node,
+    Program,
+    QTensor,
+    adapter_id,
+    bank_params,
+    constant_prefix,
+    dense,
+    prompt_ids,
+    read,
+)
 
 Weight = Callable[[str], Tensor | QTensor]
 Cache = dict[str, tuple[Tensor, Tensor]]
@@ -69,21 +80,21 @@ def run(
             watch(node, inputs)
         if node.op == "attention":
             past = None if cache is None else cache.get(node.name)
-            out, state = ops["attention"].compute(*inputs, **node.attrs, past=past)
+            out, state = ops["attention"].compute(*inputs, **params, **node.attrs, past=past)
             if cache is not None:
                 cache[node.name] = state
         else:
             out = ops[node.op].compute(*inputs, **params, **node.attrs)
         values[node.name] = out
         for v in node.inputs:
-            if last_use[v] == i and v not in ("positions", "mask", "adapter_ids"):
+            if last_use[v] == i and v not in INPUTS:
                 values.pop(v, None)
     return out
 
 
 def positions_of(mask: Tensor, new: int) -> Tensor:
     """Positions int64 [B, new] of the last `new` tokens: padding is not counted, a padding token stands at 0."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+    return positions(mask, mask[:, -new:])
 
 
 def logits(
@@ -96,9 +107,10 @@ def logits(
 ) -> Tensor:
     """Logits float32 [B, T, vocab] for int64 `input_ids` [B, T]; `mask` [B, past + T] marks real tokens.
 
-    `adapter_ids` int64 [B] is the adapter of every row, -1 (and None, for all rows) the base model.
+    `adapter_ids` int64 [B] is the adapter of every row, -1 (and None, for all rows) the base model. Soft prompts come
+    as ids (`program.prompt_ids`), a different one or none in each row; a folded prompt is in neither ids nor mask.
     """
-    past = next(iter(cache.values()))[0].shape[2] if cache else 0
+    past = next(iter(cache.values()))[0].shape[2] - constant_prefix(program) if cache else 0
     if mask is None:
         mask = torch.ones(input_ids.shape[0], past + input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
     values = {"input_ids": input_ids, "mask": mask.bool(), "positions": positions_of(mask, input_ids.shape[1])}
@@ -130,9 +142,14 @@ def generate(
     generator: torch.Generator | None = None,
     stop_at_eos: bool = True,
     adapter: str | None = None,
+    task: str | None = None,
 ) -> Iterator[int]:
-    """Yield the tokens that follow `prompt` (int64 [T]) one by one; greedy at temperature 0."""
+    """Yield the tokens that follow `prompt` (int64 [T]) one by one; greedy at temperature 0.
+
+    `adapter` and `task` are names of an adapter and of a soft prompt that the program has; the latter stands first.
+    """
     weight = weight or in_memory(program)
+    prompt = torch.cat((torch.tensor(prompt_ids(program, task), dtype=torch.int64), prompt))
     ids = torch.tensor([adapter_id(program, adapter)])
     cache: Cache = {}
     step = prompt[None]

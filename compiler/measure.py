@@ -81,7 +81,7 @@ def open_subject(target: str, threads: int, adapter: str | None = None) -> Subje
     torch.set_num_threads(threads)
     if chat.is_genai(target):
         return Subject(target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads, adapter)))
-    program, adapter = frontends.load_for(target, adapter)
+    program, adapter, _ = frontends.load_for(target, adapter)
     adapter_id(program, adapter)  # an unknown one is refused before weights are read
     floats = 4 * sum(math.prod(p.shape) for p in program.params.values())
     small = 4 * floats < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -44,15 +44,23 @@ def layer_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, eps: fl
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def rope(x: Tensor, positions: Tensor, *, head_dim: int, inv_freq: tuple[float, ...], magnitude: float = 1.0) -> Tensor:
+def rope(
+    x: Tensor,
+    positions: Tensor,
+    *,
+    head_dim: int,
+    inv_freq: tuple[float, ...],
+    magnitude: float = 1.0,
+    offset: int = 0,
+) -> Tensor:
     """Rotary embedding, half-split convention: feature i is paired with i + len(inv_freq) inside each head.
 
     `inv_freq` [rotary_dim / 2] has any frequency scaling baked in; features past rotary_dim are left alone.
-    `magnitude` multiplies cos and sin (YaRN's attention factor).
+    `magnitude` multiplies cos and sin (YaRN's attention factor); `offset` is added to the positions.
     """
     half = len(inv_freq)
     freq = torch.tensor(inv_freq, dtype=torch.float32, device=x.device)
-    angle = positions[..., None].float() * freq
+    angle = (positions + offset)[..., None].float() * freq
     cos, sin = (angle.cos() * magnitude)[..., None, :], (angle.sin() * magnitude)[..., None, :]
     heads = x.unflatten(-1, (-1, head_dim))
     a, b, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
@@ -71,21 +79,29 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     past: tuple[Tensor, Tensor] | None = None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Causal grouped-query attention. q [B, T, heads*d], k and v [B, T, kv_heads*d], mask bool [B, S].
 
-    A query sees keys at or before itself, at most `window - 1` back, that the mask calls real; a padding query sees
-    itself, so that no row is empty. `past` and the second result are keys and values [B, kv_heads, S, d].
+    A query sees keys at or before itself, at most `window - 1` real ones back, that the mask calls real; a padding
+    query sees itself, so that no row is empty. `past` and the second result are keys and values [B, kv_heads, S, d].
+    A prefix, keys and values [kv_heads, n, d], stands before every row; it is in neither mask nor past.
     """
     q, k, v = (t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     if past is not None:
         k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+    state = k, v
+    if prefix_key is not None:
+        k, v = (torch.cat((p.expand(len(t), -1, -1, -1), t), 2) for p, t in ((prefix_key, k), (prefix_value, v)))
+        mask = prefix_mask(mask, count=prefix_key.shape[1])
     new, total = q.shape[2], k.shape[2]
     query = torch.arange(total - new, total, device=q.device)[:, None]
     key = torch.arange(total, device=q.device)[None]
     seen = (key <= query) & (mask[:, None, :].bool() | (key == query))
     if window is not None:
-        seen = seen & (key > query - window)
+        real = mask.long().cumsum(-1)
+        seen = seen & (real[:, None, :] > real[:, total - new :, None] - window)
     seen = seen[:, None]
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=heads != kv_heads)
@@ -94,7 +110,7 @@ def attention(
         scores = q @ k.repeat_interleave(share, 1).transpose(-1, -2) * scale
         scores = softcap * torch.tanh(scores / softcap)
         out = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(share, 1)
-    return out.transpose(1, 2).flatten(-2), (k, v)
+    return out.transpose(1, 2).flatten(-2), state
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -151,6 +167,39 @@ def rotate(
     return turned if own.all() else torch.where(own[:, None, None], turned, x)
 
 
+def text_ids(ids: Tensor, *, vocab: int) -> Tensor:
+    """int64 [B, T] with token 0 in place of virtual tokens, whose ids are `vocab` and above."""
+    return torch.where(ids < vocab, ids, 0)
+
+
+def virtual_tokens(x: Tensor, ids: Tensor, *, rows: Tensor, vocab: int) -> Tensor:
+    """Embeddings [B, T, D], those of virtual tokens replaced by their rows [P, D]: id `vocab + j` is row j."""
+    return torch.where((ids < vocab)[..., None], x, F.embedding((ids - vocab).clamp(min=0), rows))
+
+
+def prefix_ids(ids: Tensor, mask: Tensor, *, first: int, count: int) -> Tensor:
+    """Ids first, first + 1, ... before every row of int64 [B, T], where these are the first tokens (T = S)."""
+    if ids.shape[1] != mask.shape[1]:
+        return ids
+    prompt = torch.arange(first, first + count, device=ids.device).expand(len(ids), -1)
+    return torch.cat((prompt, ids), 1)
+
+
+def prefix_mask(mask: Tensor, *, count: int) -> Tensor:
+    """bool [B, count + S]: the prompt is real in every row."""
+    return torch.cat((torch.ones(len(mask), count, dtype=torch.bool, device=mask.device), mask.bool()), 1)
+
+
+def positions(mask: Tensor, ids: Tensor) -> Tensor:
+    """int64 [B, T]: positions of the new tokens `ids` [B, T]; padding is not counted and stands at 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+
+
+def last_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """The last T tokens of x, int64 `ids` [B, T] being those that the caller gave."""
+    return x[:, -ids.shape[1] :]
+
+
 @dataclass(frozen=True)
 class Op:
     """inputs: how many values it takes; params: roles, a trailing ? marks optional ones; attrs: likewise."""
@@ -166,8 +215,10 @@ OPS: dict[str, Op] = {
     "linear": Op(linear, 1, ("weight", "bias?")),
     "rms_norm": Op(rms_norm, 1, ("weight",), ("eps", "plus_one?")),
     "layer_norm": Op(layer_norm, 1, ("weight", "bias?"), ("eps",)),
-    "rope": Op(rope, 2, (), ("head_dim", "inv_freq", "magnitude?")),
-    "attention": Op(attention, 4, (), ("heads", "kv_heads", "scale", "window?", "softcap?")),
+    "rope": Op(rope, 2, (), ("head_dim", "inv_freq", "magnitude?", "offset?")),
+    "attention": Op(
+        attention, 4, ("prefix_key?", "prefix_value?"), ("heads", "kv_heads", "scale", "window?", "softcap?")
+    ),
     "activation": Op(activation, 1, (), ("kind",)),
     "add": Op(add, 2),
     "mul": Op(mul, 2),
@@ -175,4 +226,10 @@ OPS: dict[str, Op] = {
     "softcap": Op(softcap, 1, (), ("cap",)),
     "split": Op(split, 1, (), ("groups", "start", "stop")),
     "rotate": Op(rotate, 2, ("cosine", "sine"), ("group", "rows")),
+    "text_ids": Op(text_ids, 1, (), ("vocab",)),
+    "virtual_tokens": Op(virtual_tokens, 2, ("rows",), ("vocab",)),
+    "prefix_ids": Op(prefix_ids, 2, (), ("first", "count")),
+    "prefix_mask": Op(prefix_mask, 1, (), ("count",)),
+    "positions": Op(positions, 2),
+    "last_tokens": Op(last_tokens, 2),
 }

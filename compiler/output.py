@@ -17,7 +17,8 @@ except ImportError:  # not on Windows
 
 MANIFEST = "tpvc.json"
 ADAPTERS = "adapters"
-"""The folder of an artefact that holds its adapters, each under its name."""
+PROMPTS = "prompts"
+"""The folders of an artefact that hold its adapters and its soft prompts, each under its name."""
 ARTEFACT, BLOCKS, REPLACED, LOCK = "artefact", "blocks", "replaced", "lock"
 """What `OUT.partial` may hold: the artefact being written, a BlockStore, what stood at OUT before, and whose it is."""
 

@@ -25,6 +25,7 @@ from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, read, s
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
+from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_grid
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
@@ -48,6 +49,7 @@ def quantize(
     head_bits: int = 8,
     roads: Mapping[str, str | Path] | None = None,
     fold: bool = False,
+    prompts: Mapping[str, str | Path] | None = None,
     seed: int = 0,
     device: str = "cpu",
     overwrite: bool = False,
@@ -63,11 +65,13 @@ def quantize(
     head_bits               8 rounds the head per channel (to nearest); 16 leaves it in float
     roads, fold             {name: PEFT directory} of RoAd adapters to be deployed: rounding is learned under them, and
                             they travel beside the integers, chosen by name or row; or one, folded in before rounding
+    prompts                 {task: PEFT directory} of soft prompts to be deployed: calibration windows begin with them,
+                            and they travel beside the integers
 
     An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block.
     """
     out = Path(out)
-    for given in (model, dataset, *(roads or {}).values()):
+    for given in (model, dataset, *(roads or {}).values(), *(prompts or {}).values()):
         check_apart(out, given)
     check_free(out, overwrite)
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
@@ -76,11 +80,13 @@ def quantize(
     progress("load", 0, 1, str(model))
     source = program = frontends.load(model)
     tokenizer = frontends.tokenizer(program)
-    if source.adapters:
-        names = ", ".join(a.name for a in source.adapters)
-        raise TpvcError(f"{model} carries adapters ({names}); quantise its base, and name them with --road")
+    if source.adapters or source.prompts:
+        names = ", ".join(a.name for a in (*source.adapters, *source.prompts))
+        raise TpvcError(f"{model} carries adapters ({names}); quantise its base, and name them with --road or --prompt")
     adapters = frontends.read_roads(program, roads or {})
-    adapting: list[BankRoad | FoldRoad] = [BankRoad(adapters)] if adapters else []
+    tasks = frontends.read_prompts(program, prompts or {})
+    adapting: list[Adapting] = [BankPrompt(tasks)] if tasks else []
+    adapting += [BankRoad(adapters)] if adapters else []
     adapting += [FoldRoad()] if fold else []
     for rewrite in adapting:
         program = verify(rewrite(program), after=type(rewrite).__name__)
@@ -91,11 +97,7 @@ def quantize(
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
     calibration = None
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
-    if method == "flexround" and nsamples <= len(program.adapters):
-        raise TpvcError(
-            f"{nsamples} calibration windows do not go round the base and {len(program.adapters)} adapters;"
-            f" ask for at least {len(program.adapters) + 1}"
-        )
+    _check_windows(program, method, nsamples, seqlen)
     if method == "flexround":
         calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
     options = {
@@ -108,6 +110,8 @@ def quantize(
     }
     if adapters:
         options |= {"roads": {a.name: a.origin["sha256"] for a in adapters}, "fold": fold}
+    if tasks:
+        options |= {"prompts": {p.name: p.origin["sha256"] for p in tasks}}
     if method == "flexround":
         options |= {"recipe": recipe, **asdict(chosen), "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
         options |= {"seed": seed, "device": device}
@@ -187,6 +191,9 @@ def export(
     return out
 
 
+Adapting = BankPrompt | BankRoad | FoldRoad
+
+
 def default_group(program: Program) -> int:
     """The largest of 128, 64 and 32 that divides every block linear's columns; per channel if none does."""
     nodes = linears(n for n in program.nodes if n.block is not None)
@@ -211,6 +218,22 @@ def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples
         raise TpvcError(f"head bits is {head_bits}; expected 16 (keep the head in float) or a width from 2 to 8")
     if nsamples < 1 or (seqlen is not None and seqlen < 2):
         raise TpvcError(f"calibration is {nsamples} windows of {seqlen} tokens; expected at least 1 window of 2 tokens")
+
+
+def _check_windows(program: Program, method: str, nsamples: int, seqlen: int) -> None:
+    """Calibration windows must go round the adapters and prompts, and leave room for text behind the prompts."""
+    combinations = (len(program.adapters) + 1) * (len(program.prompts) + 1)
+    if method == "flexround" and nsamples < combinations:
+        raise TpvcError(
+            f"{nsamples} calibration windows do not go round the base, {len(program.adapters)} adapters and"
+            f" {len(program.prompts)} prompts; ask for at least {combinations}"
+        )
+    longest = max((p.tokens for p in program.prompts), default=0)
+    if method == "flexround" and longest and seqlen < 2 * longest:
+        raise TpvcError(
+            f"calibration windows of {seqlen} tokens are too short behind a prompt of {longest} virtual tokens;"
+            f" expected at least {2 * longest}, set --seqlen"
+        )
 
 
 def _check_finite(program: Program, progress: Progress) -> None:
@@ -250,7 +273,7 @@ def _manifest(
     store: BlockStore,
     options: dict[str, Any],
     calibration: Calibration | None,
-    passes: list[BankRoad | FoldRoad | FlexRound | RoundToNearest],
+    passes: list[Adapting | FlexRound | RoundToNearest],
 ) -> tuple[dict[str, Any], list[float]]:
     """(tpvc.json without anything that differs between two runs of one command, seconds per block)."""
     records = [dict(store.finished(i)[1]) for i in range(program.blocks)]
@@ -272,6 +295,7 @@ def _manifest(
         "calibration": None if calibration is None else calibration.origin,
         "passes": [_pass_record(p) for p in passes],
         "adapters": [a.record for a in rounded.adapters],
+        "prompts": [p.record for p in rounded.prompts],
         "blocks": records,
         "head": {
             "name": head.name,
@@ -286,8 +310,10 @@ def _manifest(
     return manifest, timings
 
 
-def _pass_record(done: BankRoad | FoldRoad | FlexRound | RoundToNearest) -> dict[str, Any]:
+def _pass_record(done: Adapting | FlexRound | RoundToNearest) -> dict[str, Any]:
     record = {"name": type(done).__name__}
+    if isinstance(done, BankPrompt):
+        return {**record, "prompts": [p.name for p in done.prompts]}
     if isinstance(done, BankRoad):
         return {**record, "adapters": [a.name for a in done.roads]}
     return record if isinstance(done, FoldRoad) else {**record, "grid": str(done.grid)}

@@ -6,7 +6,7 @@ values they produce, every node has one output, and every node knows the transfo
 
 Graph inputs (values that no node produces):
 
-    input_ids   int64 [B, T]    token ids of the new tokens
+    input_ids   int64 [B, T]    token ids of the new tokens; ids from vocab_size on are virtual tokens of soft prompts
     positions   int64 [B, T]    position of every new token in its own sequence (padding not counted)
     mask        bool  [B, S]    which of the S = past + T tokens are real; False is padding
     adapter_ids int64 [B]       which of `Program.adapters` a row wants; -1: none, the base model
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
 
@@ -176,6 +177,7 @@ class Program:
     """`nodes` in order of execution (the last one yields the logits), `params` by checkpoint name.
 
     adapters  what its `rotate` nodes hold, in the order of their ids; their parameters follow from them
+    prompts   soft prompts that a caller may put before a text: ids vocab_size, vocab_size + 1, ... in this order
     """
 
     nodes: tuple[Node, ...]
@@ -183,6 +185,7 @@ class Program:
     facts: Facts
     source: Source | None = None
     adapters: tuple[Road, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -221,9 +224,37 @@ def adapter_id(program: Program, name: str | None) -> int:
     return -1 if name is None else names.index(name)
 
 
+def prompt_ids(program: Program, name: str | None) -> list[int]:
+    """Ids of the virtual tokens of the prompt called `name`, to be put before a text; none for None.
+
+    TpvcError for a name that the program does not have.
+    """
+    first = program.facts.vocab_size
+    for prompt in program.prompts if name is not None else ():
+        if prompt.name == name:
+            return list(range(first, first + prompt.tokens))
+        first += prompt.tokens
+    if name is not None:
+        names = ", ".join(p.name for p in program.prompts)
+        raise TpvcError(f"the model has no task '{name}'; {f'it has {names}' if names else 'it has none'}")
+    return []
+
+
+def constant_prefix(program: Program) -> int:
+    """Virtual tokens that the program itself puts before every row (`passes.fold_prompt`), which a cache counts."""
+    return next((n.attrs["count"] for n in program.nodes if n.op == "prefix_ids"), 0)
+
+
+def folded_tokens(program: Program) -> int:
+    """Virtual tokens of the prompt that was folded in, in either form: they take their place in the context."""
+    keys = (n.params["prefix_key"] for n in program.nodes if n.op == "attention" and n.params)
+    return constant_prefix(program) or next((program.params[name].shape[1] for name in keys), 0)
+
+
 def bank_params(program: Program) -> frozenset[str]:
-    """Names of the parameters of `rotate` nodes, which no checkpoint holds."""
-    return frozenset(p for n in program.nodes if n.op == "rotate" for p in n.params.values())
+    """Names of the parameters that adapters and prompts brought, which no checkpoint holds."""
+    brought = ("rotate", "virtual_tokens", "attention")
+    return frozenset(p for n in program.nodes if n.op in brought for p in n.params.values())
 
 
 def sha256(path: Path) -> str:

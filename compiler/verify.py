@@ -68,12 +68,20 @@ def _width(check, program: Program, node: Node, widths: dict[str, int | None]) -
             heads, kv = node.attrs["heads"], node.attrs["kv_heads"]
             check(heads % kv == 0, f"{heads} heads do not share {kv} key/value heads evenly")
             check(given[0] * kv == given[1] * heads == given[2] * heads, f"q, k, v have {given[:3]} features")
+            check(len(shape) != 1, "has keys or values of a prefix, expected both")
+            for role, found in shape.items():
+                wanted = (kv, shape["prefix_key"][1], given[1] // kv)
+                check(found == wanted, f"{role} has shape {found}, expected {wanted}")
         case "activation":
             check(node.attrs["kind"] in ACTIVATIONS, f"unknown kind '{node.attrs['kind']}'")
         case "add" | "mul":
             check(given[0] == given[1], f"adds {given[0]} to {given[1]} features")
         case "rotate":
             _check_rotate(check, program, node, given[0])
+        case "virtual_tokens":
+            rows, tokens = shape["rows"], sum(p.tokens for p in program.prompts)
+            check(len(rows) == 2 and rows[1] == given[0], f"rows have shape {rows}, its input has {given[0]} features")
+            check(not tokens or rows[0] == tokens, f"has {rows[0]} rows for {tokens} virtual tokens")
         case "split":
             return node.attrs["groups"] * (node.attrs["stop"] - node.attrs["start"])
     return given[0]

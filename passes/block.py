@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler import interpret
-from tpvc.compiler.program import Node, Program, QTensor, dense
+from tpvc.compiler.program import Node, Program, QTensor, dense, prompt_ids
 from tpvc.compiler.quick import quick_matmul
 from tpvc.compiler.verify import ports
 
@@ -73,6 +73,20 @@ def embedded(program: Program, windows: Tensor, ids: Tensor) -> Tensor:
 def spread(windows: int, adapters: int) -> Tensor:
     """int64 [n]: -1, 0, .., adapters - 1 in turn, so that the base and every adapter get their share of the windows."""
     return torch.arange(windows) % (adapters + 1) - 1
+
+
+def behind_prompts(windows: Tensor, program: Program) -> Tensor:
+    """Windows int64 [n, L] that begin with the prompts of the program: none and each of them in turn, a share each.
+
+    A window keeps its length and loses as many tokens from its end. Turns change once in a round of `spread`, so that
+    every adapter meets every prompt.
+    """
+    made, round_ = windows.clone(), len(program.adapters) + 1
+    for i, window in enumerate(windows):
+        turn = i // round_ % (len(program.prompts) + 1)
+        ids = torch.tensor(prompt_ids(program, program.prompts[turn - 1].name) if turn else [], dtype=torch.int64)
+        made[i] = torch.cat((ids, window[: len(window) - len(ids)]))
+    return made
 
 
 def relative_error(output: Tensor, target: Tensor) -> float:

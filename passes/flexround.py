@@ -18,6 +18,7 @@ calibration windows that no step has seen.
 
 Where adapters stand beside the weights (`rotate` nodes), every window belongs to the base or to one of them, and runs
 with its vectors through all blocks; a step therefore sees a drawn few of them, and one integer base serves them all.
+Likewise every window begins with one of the soft prompts that stand beside the embeddings, or with none.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import quick_matmul
 from tpvc.compiler.store import BlockStore
-from tpvc.passes.block import AT_ONCE, Block, embedded, relative_error, spread
+from tpvc.passes.block import AT_ONCE, Block, behind_prompts, embedded, relative_error, spread
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.fake_round import FakeRound, learned_codes
 from tpvc.passes.grid import Range, grouped, min_max, on_grid, qtensor
@@ -132,7 +133,7 @@ class FlexRound:
             streams = self.store.streams(finished - 1)
             exact, rounded = streams["exact"], streams["rounded"]
         else:
-            exact = rounded = embedded(program, self.windows, ids)
+            exact = rounded = embedded(program, behind_prompts(self.windows, program), ids)
         for index in range(finished, program.blocks):
             self.progress("FlexRound", index, program.blocks, f"block {index}")
             began = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Whether an adapter was made for a model, as far as names and shapes can tell."""
+"""Whether an adapter or a prompt was made for a model, as far as names, shapes and fingerprints can tell."""
 
 from __future__ import annotations
 
+from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.road import Road, check_layout
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Program, linears
@@ -22,3 +23,19 @@ def check_fits(road: Road, program: Program) -> None:
                 f" one has {outputs[name]}"
             )
         check_layout(rotation.variant, rotation.group, rotation.features, f"'{name}'")
+
+
+def check_prompt_fits(prompt: Prompt, program: Program) -> None:
+    """Refuse a prompt of another width than the model's embeddings, and one that leaves no room in its context."""
+    table = next(n for n in program.nodes if n.op == "embed" and n.inputs[0].startswith("input_ids"))
+    width, context = program.params[table.params["weight"]].shape[1], program.facts.context_length
+    if prompt.values.shape[1] != width:
+        raise TpvcError(
+            f"prompt '{prompt.name}' is for another model: its vectors have {prompt.values.shape[1]} numbers"
+            f" (token_dim), this model's embeddings {width}"
+        )
+    if prompt.tokens >= context:
+        raise TpvcError(
+            f"prompt '{prompt.name}' has {prompt.tokens} virtual tokens, which leaves no room for text in a context of"
+            f" {context}"
+        )

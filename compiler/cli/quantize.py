@@ -56,6 +56,7 @@ Examples:
   tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
   tpvc quantize MODEL -o out --road a=./a --road b=./b   one integer base under two adapters
   tpvc quantize MODEL -o out --road a=./a --fold         one adapter, in the integers
+  tpvc quantize MODEL -o out --prompt a=./a --prompt b=./b   and under two soft prompts
 
 \b
 OUT is a checkpoint that transformers loads as it stands (compressed-tensors), with tpvc.json
@@ -124,6 +125,13 @@ A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
     help="A RoAd adapter (PEFT's format) to be deployed; may be repeated. Rounding is learned under all of them.",
 )
 @click.option("--fold", is_flag=True, help="Fold the one adapter into the weights before rounding.")
+@click.option(
+    "--prompt",
+    "prompt",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A soft prompt (PEFT's format) to be deployed, NAME its task; may be repeated. Calibration text follows them.",
+)
 @click.option("--iters", type=click.IntRange(1), help="Steps a block, instead of the recipe's.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
@@ -138,6 +146,7 @@ def command(
     symmetric: bool | None,
     head_bits: str,
     road: tuple[str, ...],
+    prompt: tuple[str, ...],
     iters: int | None,
     as_json: bool,
     **options: Any,
@@ -153,6 +162,7 @@ def command(
     from tpvc.compiler.pipeline import quantize
 
     options |= {**grid, "head_bits": int(head_bits), "steps": iters, "roads": named_directories("--road", road)}
+    options["prompts"] = named_directories("--prompt", prompt)
     try:
         with console.Bars() as bars:
             _, took = console.measured(lambda: quantize(model, out, progress=bars, **options))
@@ -180,6 +190,8 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
         show(f"  error     {now:.4g} of a block's output on average; round-to-nearest {rtn:.4g}")
     for adapter in manifest.get("adapters", []):
         show(f"  adapter   {adapter['name']}: tpvc run {out} --adapter {adapter['name']}", markup=False)
+    for task in manifest.get("prompts", []):
+        show(f'  task      {task["name"]}: tpvc run {out} --task {task["name"]} --raw "..."', markup=False)
     for left in manifest.get("left_in_float", []):
         show(f"  in float  {left['name']}: {left['why']}", markup=False)
     for note in manifest.get("notes", []):

@@ -20,6 +20,8 @@ Examples:
   tpvc run smollm2-onnx                                  a small chat; Ctrl-D ends it
   tpvc run ./gpt2 --raw "Once upon a time" --temperature 0.8
   tpvc run smollm2-onnx "Why is the sky blue?" --adapter pirate
+  tpvc run smollm2-w4 --task sentiment --raw "Review: a fine film
+Sentiment:"
   cat question.txt | tpvc run smollm2-w4 --json
 
 \b
@@ -44,6 +46,11 @@ interpreter (torch, float32), which is slower but takes every model that tpvc ca
     metavar="NAME",
     help="An adapter that TARGET carries, or the folder of a RoAd adapter (PEFT's format).  [default: the base model]",
 )
+@click.option(
+    "--task",
+    metavar="NAME",
+    help="A soft prompt that TARGET carries, or the folder of one (PEFT's format), put before the prompt.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
 @console.json_option
 def command(
@@ -54,6 +61,7 @@ def command(
     seed: int,
     raw: bool,
     adapter: str | None,
+    task: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -72,7 +80,7 @@ def command(
     from tpvc.compiler.chat import open_engine
 
     with console.err().status(f"loading {target}"):
-        engine = open_engine(target, threads, adapter)
+        engine = open_engine(target, threads, adapter, task)
     sampling = {"temperature": temperature, "seed": seed}
     if chat:
         return _chat(engine, raw, max_new_tokens, sampling)

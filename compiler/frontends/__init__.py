@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.road import NAME, Road, check_name
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import ADAPTERS, MANIFEST
+from tpvc.compiler.output import ADAPTERS, MANIFEST, PROMPTS
 from tpvc.compiler.program import Program
 from tpvc.compiler.verify import verify
 
@@ -87,14 +88,50 @@ def with_roads(program: Program, directories: Mapping[str, str | Path]) -> Progr
     return verify(BankRoad(read_roads(program, directories))(program), "BankRoad") if directories else program
 
 
-def load_for(model: str | Path, adapter: str | None) -> tuple[Program, str | None]:
-    """(the model, the name in it of `adapter`): one that it carries, or a PEFT directory, which is put beside it."""
+def read_prompts(program: Program, directories: Mapping[str, str | Path]) -> tuple[Prompt, ...]:
+    """The soft prompts in {name: PEFT directory} for `program`. TpvcError for one that says it is another model's."""
+    from tpvc.compiler.adapters import prompt_files
+
+    for name in directories:
+        check_name(name)
+    found = tuple(prompt_files.read(Path(d).expanduser(), name) for name, d in directories.items())
+    known = [p for p in found if p.base is not None]
+    own = prompt_files.base_print(program) if known else None
+    for prompt in known:
+        if own is not None and prompt.base != own:
+            raise TpvcError(
+                f"prompt '{prompt.name}' in {prompt.origin['directory']} was tuned for another model"
+                f" ({prompt.base[:12]}, this one is {own[:12]}); tune it for this model"
+            )
+    return found
+
+
+def with_prompts(program: Program, directories: Mapping[str, str | Path]) -> Program:
+    """`program` with the soft prompts in {name: PEFT directory} beside its embeddings, in that order."""
+    from tpvc.passes.bank_prompt import BankPrompt
+
+    return verify(BankPrompt(read_prompts(program, directories))(program), "BankPrompt") if directories else program
+
+
+def load_for(model: str | Path, adapter: str | None, task: str | None = None) -> tuple[Program, str | None, str | None]:
+    """(the model, the names in it of `adapter` and `task`): what it carries, or a PEFT directory, put beside it."""
     program = load(model)
-    if adapter is None or adapter in [a.name for a in program.adapters] or not Path(adapter).expanduser().is_dir():
-        return program, adapter
-    name = Path(adapter).expanduser().resolve().name
-    name = name if NAME.fullmatch(name) else "adapter"
-    return with_roads(program, {name: adapter}), name
+    if _is_directory(adapter, [a.name for a in program.adapters]):
+        directory, adapter = adapter, _name_of(adapter, "adapter")
+        program = with_roads(program, {adapter: directory})
+    if _is_directory(task, [p.name for p in program.prompts]):
+        directory, task = task, _name_of(task, "task")
+        program = with_prompts(program, {task: directory})
+    return program, adapter, task
+
+
+def _is_directory(given: str | None, carried: list[str]) -> bool:
+    return given is not None and given not in carried and Path(given).expanduser().is_dir()
+
+
+def _name_of(directory: str, otherwise: str) -> str:
+    name = Path(directory).expanduser().resolve().name
+    return name if NAME.fullmatch(name) else otherwise
 
 
 def _directory(path: Path, name: str) -> Program:
@@ -104,19 +141,22 @@ def _directory(path: Path, name: str) -> Program:
 
 
 def _with_adapters(program: Program) -> Program:
-    """The model with the adapters that its own tpvc.json lists; they lie in `adapters` beside the weights."""
-    match manifest(program):
-        case {"adapters": [_, *_] as listed}:
-            pass
-        case _:
-            return program
+    """The model with the adapters and soft prompts that its own tpvc.json lists; they lie in folders beside it."""
+    listed = manifest(program) or {}
+    program = with_roads(program, _beside(program, listed.get("adapters"), ADAPTERS))
+    return with_prompts(program, _beside(program, listed.get("prompts"), PROMPTS))
+
+
+def _beside(program: Program, listed: Any, folder: str) -> dict[str, Path]:
+    """{name: directory} of the entries of a manifest."""
+    if not isinstance(listed, list):
+        return {}
     names = [entry["name"] for entry in listed if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
-    folder = program.source.directory / ADAPTERS
     if len(names) < len(listed) or not all(NAME.fullmatch(name) for name in names):
         raise TpvcError(
-            f"{program.source.directory / MANIFEST} lists adapters without a plain name; expected file names"
+            f"{program.source.directory / MANIFEST} lists {folder} without a plain name; expected file names"
         )
-    return with_roads(program, {name: folder / name for name in names})
+    return {name: program.source.directory / folder / name for name in names}
 
 
 def _gguf(path: Path, name: str) -> Program:

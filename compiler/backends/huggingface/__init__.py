@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tpvc.compiler.adapters import road_files
+from tpvc.compiler.adapters import prompt_files, road_files
 from tpvc.compiler.backends.huggingface.layout import layout
 from tpvc.compiler.backends.huggingface.stream import write
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import ADAPTERS
+from tpvc.compiler.output import ADAPTERS, PROMPTS
 from tpvc.compiler.program import Program
 
 
@@ -22,8 +22,8 @@ def emit(
 
     model.safetensors, or shards of 5 GB and their index; config.json with `quantization_config`; the tokenizer's files
     (none when `tokenizer` is None); generation_config.json, the source's own or made from its special tokens; and
-    tpvc.json: `manifest` with notes and the bytes of the weights filled in. Adapters go to `adapters/NAME`, in PEFT's
-    format. The same input gives the same bytes.
+    tpvc.json: `manifest` with notes and the bytes of the weights filled in. Adapters go to `adapters/NAME`, prompts to
+    `prompts/NAME`, in PEFT's format. The same input gives the same bytes.
 
     runtime  "transformers" (with compressed-tensors) loads every grid; "vllm" gives asymmetric zero points and tied
              integer heads the layout that vLLM expects and transformers 5.23 refuses.
@@ -38,6 +38,9 @@ def emit(
             tokenizer.save_pretrained(directory)
         for adapter in program.adapters:
             road_files.write(adapter, directory / ADAPTERS / adapter.name, program, {"origin": dict(adapter.origin)})
+        for prompt in program.prompts:
+            about = prompt_files.about(program)
+            prompt_files.write(prompt, directory / PROMPTS / prompt.name, about, {"origin": dict(prompt.origin)})
         size = {**manifest.get("size", {}), "bytes": sum(files.values())}
         _json(directory / "tpvc.json", {**manifest, "size": size, "notes": list(plan.notes)})
     except OSError as error:

@@ -4,6 +4,8 @@ model.onnx, model.onnx.data     MatMulNBits, GroupQueryAttention; logits of the 
 genai_config.json, tokenizer files
 adapters/NAME.onnx_adapter      for every adapter, what to feed for it; the numbers lie in the graphs
 portable/model.onnx, .data      operators of the ONNX standard, opset 21; the same names; logits of every new token
+
+A prompt that is a constant prefix of the program (`passes.fold_prompt`) goes into the portable graph only.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpvc.compiler.program import Node, Program
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.program import Node, Program, constant_prefix, folded_tokens
 
 
 def emit(
@@ -40,12 +43,18 @@ def emit(
     from tpvc.compiler.backends.onnx.standard import STANDARD
 
     check(program, GENAI, accuracy_level)
-    fused = plan(program)
-    domains = {"": OPSET, MICROSOFT: 1}
-    head = None if all_logits else head_of(program)
-    _write(program, directory, GENAI, fused, domains, accuracy_level, head)
-    genai_config.write(program, directory, share_buffer=bool(fused.attention))
-    adapters.write_files(program, directory)
+    if not constant_prefix(program):
+        fused = plan(program)
+        domains = {"": OPSET, MICROSOFT: 1}
+        head = None if all_logits else head_of(program)
+        _write(program, directory, GENAI, fused, domains, accuracy_level, head)
+        genai_config.write(program, directory, share_buffer=bool(fused.attention) and not folded_tokens(program))
+        adapters.write_files(program, directory)
+    elif not portable:
+        raise TpvcError(
+            "ONNX Runtime GenAI fills its cache itself, so that a prompt cannot be a constant prefix there; fold it as"
+            " kv, or ask for the portable graph"
+        )
     if portable:
         (directory / "portable").mkdir()
         _write(program, directory / "portable", STANDARD, NOTHING, {"": OPSET}, accuracy_level, None)
@@ -102,6 +111,7 @@ def _write(
         graph.output(c.values[last], "logits", flows, ("batch_size", tokens, c.widths[last]))
         for layer, cache in enumerate(c.caches):
             for kind, value, past in zip(("key", "value"), cache, graph.inputs[2 + 2 * layer :], strict=False):
-                shape = ("batch_size", past.shape[1], "total_sequence_length", past.shape[3])
+                length = "cached_sequence_length" if constant_prefix(program) else "total_sequence_length"
+                shape = ("batch_size", past.shape[1], length, past.shape[3])
                 graph.output(value, f"present.{layer}.{kind}", flows, shape)
         graph.save()

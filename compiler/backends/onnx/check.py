@@ -42,8 +42,10 @@ def _fault(program: Program, node: Node, table: Mapping[str, Lower]) -> str | No
             return f"parameter '{name}' has {grid.bits} bits, expected 2 to 8"
     if node.op == "rotate" and len(node.attrs["rows"]) != len(program.adapters):
         return f"it has rows for {len(node.attrs['rows'])} of {len(program.adapters)} adapters"
-    special = {"attention": {3: "mask"}, "rope": {1: "positions"}, "rotate": {1: "adapter_ids"}}.get(node.op, {})
-    for index, value in enumerate(node.inputs):
+    special = {"attention": {3: "mask"}, "rope": {1: "positions"}, "rotate": {1: "adapter_ids"}}
+    special |= {"prefix_ids": {1: "mask"}, "prefix_mask": {0: "mask"}, "positions": {0: "mask"}}
+    special = special.get(node.op, {})
+    for index, value in enumerate(v.removesuffix(".prefixed") for v in node.inputs):
         wanted = special.get(index)
         if wanted is not None and value != wanted:
             return f"input {index} is '{value}', expected the program's own '{wanted}'"

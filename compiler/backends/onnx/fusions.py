@@ -53,13 +53,15 @@ NOTHING = Plan({}, {}, frozenset())
 
 
 def features(program: Program) -> dict[str, int]:
-    """Width of the last dimension of every node's value."""
+    """Width of the last dimension of the value of every node that yields features."""
     widths: dict[str, int] = {}
     for node in program.nodes:
         if node.op == "embed":
             widths[node.name] = program.params[node.params["weight"]].shape[1]
         elif node.op == "linear":
             widths[node.name] = program.params[node.params["weight"]].shape[0]
+        elif node.op in ("text_ids", "prefix_ids", "prefix_mask", "positions"):
+            continue
         elif node.op == "split":
             widths[node.name] = node.attrs["groups"] * (node.attrs["stop"] - node.attrs["start"])
         else:

@@ -135,9 +135,17 @@ def attention(c: Context, node: Node) -> ir.Value:
         return STANDARD["attention"](c, node)
     g = c.graph
     qkv = [value_of(c, v) for v in plan.inputs] if plan.projection is None else [_project(c, node, plan), None, None]
-    inputs = [*qkv, *standard.past_of(c, node), *g.once("lengths", lambda: _lengths(c))]
+    past, count, last = standard.past_of(c, node), 0, []
+    if node.params:
+        count = c.program.params[node.params["prefix_key"]].shape[1]
+        pairs = zip(standard.prefix_of(c, node), past, strict=True)
+        past = [g.op("Concat", prefix, own, name=node.name, axis=2) for prefix, own in pairs]
+        last = [g.once("new tokens", lambda: _new_tokens(c))]
+    inputs = [*qkv, *past, *g.once(("lengths", count), lambda: _lengths(c, count))]
     if plan.rope is not None:
         inputs += standard.rope_caches(c, plan.rope)
+    if last:
+        inputs += [None] * (16 - len(inputs)) + last
     attrs = {
         "num_heads": node.attrs["heads"],
         "kv_num_heads": node.attrs["kv_heads"],
@@ -147,16 +155,28 @@ def attention(c: Context, node: Node) -> ir.Value:
         "softcap": float(node.attrs.get("softcap", 0.0)),
     }
     out, *cache = g.op("GroupQueryAttention", *inputs, name=node.name, domain=MICROSOFT, outputs=3, **attrs)
+    if node.params:
+        ends = g.constant([count]), g.constant([standard.LAST]), g.constant([2])
+        cache = [g.op("Slice", state, *ends, name=node.name) for state in cache]
     c.caches.append(tuple(cache))
     return out
 
 
-def _lengths(c: Context) -> tuple[ir.Value, ir.Value]:
-    """int32: last position of every row, [B], and the length of the longest, a scalar."""
+def _lengths(c: Context, prefix: int) -> tuple[ir.Value, ir.Value]:
+    """int32: last position of every row, [B], and the length of the longest, a scalar; both behind `prefix` tokens."""
     g, mask = c.graph, c.values["mask"]
-    last = g.op("Sub", g.op("ReduceSum", mask, g.constant([1]), keepdims=0), g.constant(1))
+    last = g.op("Add", g.op("ReduceSum", mask, g.constant([1]), keepdims=0), g.constant(prefix - 1))
     total = g.op("Gather", g.op("Shape", mask), g.constant(1), axis=0)
+    total = g.op("Add", total, g.constant(prefix)) if prefix else total
     return tuple(g.op("Cast", v, to=ir.DataType.INT32) for v in (last, total))
+
+
+def _new_tokens(c: Context) -> ir.Value:
+    """int32 [B]: how many of the new tokens of every row are real."""
+    g = c.graph
+    new = g.op("Neg", g.op("Shape", c.values["input_ids"], start=1, end=2))
+    mask = g.op("Slice", c.values["mask"], new, g.constant([standard.LAST]), g.constant([1]))
+    return g.op("Cast", g.op("ReduceSum", mask, g.constant([1]), keepdims=0), to=ir.DataType.INT32)
 
 
 def rotate(c: Context, node: Node) -> ir.Value:

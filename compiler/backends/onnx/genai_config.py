@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tpvc.compiler.backends.onnx.fusions import features, head_dim
-from tpvc.compiler.program import Program
+from tpvc.compiler.program import Program, folded_tokens
 
 OWN_TYPE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 """Families whose name GenAI knows and treats as a plain decoder. All others go by its generic name: `phi3` would switch
@@ -15,16 +15,17 @@ rotary tables at 4096 tokens and `gpt2` expects another cache."""
 
 def genai_config(program: Program, share_buffer: bool) -> dict:
     """The config as a dict. `share_buffer`: keys and values live in one buffer of the full length, which only
-    GroupQueryAttention can do."""
+    GroupQueryAttention can do, and only where no prompt was folded in before them."""
     facts, widths = program.facts, features(program)
     layers = [n for n in program.nodes if n.op == "attention"]
     eos = list(facts.eos)
+    context = facts.context_length - folded_tokens(program)
     pad = facts.pad if facts.pad is not None else eos[0] if eos else 0
     return {
         "model": {
             "type": facts.family if facts.family in OWN_TYPE else "decoder",
             "vocab_size": widths[program.nodes[-1].name],
-            "context_length": facts.context_length,
+            "context_length": context,
             "bos_token_id": facts.bos if facts.bos is not None else pad,
             "eos_token_id": eos,
             "pad_token_id": pad,
@@ -50,7 +51,7 @@ def genai_config(program: Program, share_buffer: bool) -> dict:
             },
         },
         "search": {
-            "max_length": facts.context_length,
+            "max_length": context,
             "min_length": 0,
             "do_sample": False,
             "num_beams": 1,

@@ -142,7 +142,8 @@ def rope(c: Context, node: Node) -> ir.Value:
     """(a, b, rest) -> (a cos - b sin, b cos + a sin, rest) of every head."""
     g, width = c.graph, node.attrs["head_dim"]
     half = len(node.attrs["inv_freq"])
-    cos, sin = g.once(("angles", *rope_key(node.attrs)), lambda: _angles(c, node))
+    key = ("angles", node.inputs[1], node.attrs.get("offset", 0), *rope_key(node.attrs))
+    cos, sin = g.once(key, lambda: _angles(c, node))
     x = g.op("Reshape", value_of(c, node.inputs[0]), g.constant([0, 0, -1, width]), name=node.name)
     sizes = [half, half] + [width - 2 * half] * (width > 2 * half)
     a, b, *rest = g.op("Split", x, g.constant(sizes), name=node.name, axis=-1, outputs=len(sizes))
@@ -163,7 +164,7 @@ def rope_key(attrs: Mapping) -> tuple:
 
 
 def rope_caches(c: Context, attrs: Mapping) -> tuple[ir.Value, ir.Value]:
-    """cos and sin, float32 [context_length, rotary_dim / 2], computed as the reference does."""
+    """cos and sin, float32 [context_length, rotary_dim / 2], computed as the reference does; row 0 is position 0."""
 
     def make() -> tuple[ir.Value, ir.Value]:
         inv_freq, magnitude = rope_key(attrs)
@@ -179,7 +180,9 @@ def rope_caches(c: Context, attrs: Mapping) -> tuple[ir.Value, ir.Value]:
 
 def _angles(c: Context, node: Node) -> tuple[ir.Value, ...]:
     """cos and sin of the new positions, [B, T, 1, half]."""
-    positions, g = value_of(c, "positions"), c.graph
+    positions, g = value_of(c, node.inputs[1]), c.graph
+    if node.attrs.get("offset"):
+        positions = g.op("Add", positions, g.constant(node.attrs["offset"]))
     return tuple(
         g.op("Unsqueeze", g.op("Gather", table, positions, axis=0), g.constant([2]))
         for table in rope_caches(c, node.attrs)
@@ -206,12 +209,18 @@ def attention(c: Context, node: Node) -> ir.Value:
         new = make("Transpose", make("Reshape", new, g.constant([0, 0, kv, width])), perm=[0, 2, 1, 3])
         state.append(make("Concat", past, new, axis=2))
     c.caches.append(tuple(state))
+    mask = value_of(c, node.inputs[3])
+    if node.params:
+        state = [make("Concat", prefix, own, axis=2) for prefix, own in zip(prefix_of(c, node), state, strict=True)]
+        count = c.program.params[node.params["prefix_key"]].shape[1]
+        mask = g.once(("prefixed mask", mask.name, count), lambda: _prefixed(c, mask, count))
     k, v = (make("Unsqueeze", t, g.constant([2])) for t in state)
     scores = make("MatMul", q, make("Transpose", k, perm=[0, 1, 2, 4, 3]))
     cap = node.attrs.get("softcap")
     if cap is not None:
         scores = _capped(c, node, scores, cap)
-    seen = g.once(("seen", node.attrs.get("window")), lambda: _seen(c, node.attrs.get("window")))
+    window, queries = node.attrs.get("window"), value_of(c, node.inputs[0])
+    seen = g.once(("seen", mask.name, window), lambda: _seen(c, mask, queries, window))
     scores = make("Where", seen, scores, g.constant(np.finfo(np.float32).min, np.float32))
     out = make("MatMul", make("Softmax", scores, axis=-1), v)
     out = make("Transpose", out, perm=[0, 3, 1, 2, 4])
@@ -226,18 +235,42 @@ def past_of(c: Context, node: Node) -> tuple[ir.Value, ir.Value]:
     return tuple(c.graph.input(name, ir.DataType.FLOAT, shape) for name in names)
 
 
-def _seen(c: Context, window: int | None) -> ir.Value:
+def prefix_of(c: Context, node: Node) -> tuple[ir.Value, ir.Value]:
+    """Keys and values [B, kv_heads, n, d] of a prompt that was folded into an attention node."""
+    g = c.graph
+    batch = g.once("batch", lambda: g.op("Shape", c.values["input_ids"], start=0, end=1))
+    made = []
+    for role in ("prefix_key", "prefix_value"):
+        table = g.weight(node.params[role], _numpy(node.params[role], c)[None])
+        shape = g.op("Concat", batch, g.constant(table.shape[1:]), axis=0)
+        made.append(g.op("Expand", table, shape, name=node.name))
+    return tuple(made)
+
+
+def _prefixed(c: Context, mask: ir.Value, count: int) -> ir.Value:
+    """int64 [B, count + S]: ones before the mask."""
+    g = c.graph
+    batch = g.op("Shape", mask, start=0, end=1)
+    ones = g.op("Expand", g.constant([[1]]), g.op("Concat", batch, g.constant([count]), axis=0))
+    return g.op("Concat", ones, mask, axis=1)
+
+
+def _seen(c: Context, mask: ir.Value, queries: ir.Value, window: int | None) -> ir.Value:
     """bool [B, 1, 1, T, S]: what `ops.attention` lets a query see."""
     g = c.graph
-    mask = g.op("Cast", value_of(c, "mask"), to=ir.DataType.BOOL)
-    total = g.op("Squeeze", g.op("Shape", value_of(c, "mask"), start=1, end=2))
-    new = g.op("Squeeze", g.op("Shape", value_of(c, "input_ids"), start=1, end=2))
+    total = g.op("Squeeze", g.op("Shape", mask, start=1, end=2))
+    new = g.op("Squeeze", g.op("Shape", queries, start=1, end=2))
+    count = None if window is None else g.op("CumSum", mask, g.constant(1))
+    mask = g.op("Cast", mask, to=ir.DataType.BOOL)
     key = g.op("Range", g.constant(0), total, g.constant(1))
     query = g.op("Unsqueeze", g.op("Range", g.op("Sub", total, new), total, g.constant(1)), g.constant([1]))
-    real = g.op("Or", g.op("Unsqueeze", mask, g.constant([1])), g.op("Equal", key, query))
+    one = g.constant([1])
+    real = g.op("Or", g.op("Unsqueeze", mask, one), g.op("Equal", key, query))
     seen = g.op("And", g.op("LessOrEqual", key, query), real)
     if window is not None:
-        seen = g.op("And", seen, g.op("Greater", key, g.op("Sub", query, g.constant(window))))
+        last = g.op("Slice", count, g.op("Neg", g.op("Unsqueeze", new, g.constant([0]))), g.constant([LAST]), one)
+        least = g.op("Sub", g.op("Unsqueeze", last, g.constant([2])), g.constant(window))
+        seen = g.op("And", seen, g.op("Greater", g.op("Unsqueeze", count, one), least))
     return g.op("Unsqueeze", seen, g.constant([1, 2]))
 
 
@@ -297,6 +330,47 @@ def block_of(c: Context) -> ir.Value:
     return g.once("adapter block", lambda: g.op("Add", value_of(c, INPUT), g.constant(1), name=INPUT))
 
 
+def text_ids(c: Context, node: Node) -> ir.Value:
+    g, ids = c.graph, value_of(c, node.inputs[0])
+    return g.op("Where", g.op("Less", ids, g.constant(node.attrs["vocab"])), ids, g.constant(0), name=node.name)
+
+
+def virtual_tokens(c: Context, node: Node) -> ir.Value:
+    """Rows of their own table for ids from vocab_size on. Gather stops at an id that is too high."""
+    g, x, ids = c.graph, *(value_of(c, v) for v in node.inputs)
+    vocab, name = g.constant(node.attrs["vocab"]), node.name
+    row = g.op("Max", g.op("Sub", ids, vocab, name=name), g.constant(0), name=name)
+    rows = g.op("Gather", c.vector(node.params["rows"]), row, name=name, axis=0)
+    text = g.op("Unsqueeze", g.op("Less", ids, vocab, name=name), g.constant([-1]), name=name)
+    return g.op("Where", text, x, rows, name=name)
+
+
+def prefix_ids(c: Context, node: Node) -> ir.Value:
+    """The prompt's ids before the first tokens of every row: all `count` of them where T = S, none later."""
+    g, (ids, mask) = c.graph, (value_of(c, v) for v in node.inputs)
+    first, count = node.attrs["first"], node.attrs["count"]
+    batch, new = (g.op("Shape", ids, start=i, end=i + 1) for i in (0, 1))
+    begins = g.op("Cast", g.op("Equal", new, g.op("Shape", mask, start=1, end=2)), to=ir.DataType.INT64)
+    length = g.op("Mul", begins, g.constant([count]))
+    prompt = g.op("Slice", g.constant([list(range(first, first + count))]), g.constant([0]), length, g.constant([1]))
+    shape = g.op("Concat", batch, length, axis=0)
+    return g.op("Concat", g.op("Expand", prompt, shape), ids, name=node.name, axis=1)
+
+
+def prefix_mask(c: Context, node: Node) -> ir.Value:
+    return _prefixed(c, value_of(c, node.inputs[0]), node.attrs["count"])
+
+
+def positions(c: Context, node: Node) -> ir.Value:
+    return _positions(c, *(value_of(c, v) for v in node.inputs))
+
+
+def last_tokens(c: Context, node: Node) -> ir.Value:
+    g, (x, ids) = c.graph, (value_of(c, v) for v in node.inputs)
+    new = g.op("Neg", g.op("Shape", ids, start=1, end=2))
+    return g.op("Slice", x, new, g.constant([LAST]), g.constant([1]), name=node.name)
+
+
 def _pairwise(kind: str) -> Lower:
     return lambda c, node: c.graph.op(kind, *(value_of(c, v) for v in node.inputs), name=node.name)
 
@@ -315,6 +389,12 @@ STANDARD: dict[str, Lower] = {
     "softcap": softcap,
     "split": split,
     "rotate": rotate,
+    "text_ids": text_ids,
+    "virtual_tokens": virtual_tokens,
+    "prefix_ids": prefix_ids,
+    "prefix_mask": prefix_mask,
+    "positions": positions,
+    "last_tokens": last_tokens,
 }
 
 
@@ -322,9 +402,12 @@ def value_of(c: Context, name: str) -> ir.Value:
     """The value of a node, or of an input of the Program: `mask` is the attention mask as int64, and `positions` are
     counted from it, so that padding on either side is not counted."""
     if name == "positions" and name not in c.values:
-        g = c.graph
-        count = g.op("Sub", g.op("CumSum", c.values["mask"], g.constant(1)), g.constant(1))
-        new = g.op("Neg", g.op("Shape", c.values["input_ids"], start=1, end=2))
-        count = g.op("Max", count, g.constant(0))
-        c.values[name] = g.op("Slice", count, new, g.constant([LAST]), g.constant([1]))
+        c.values[name] = _positions(c, c.values["mask"], c.values["input_ids"])
     return c.values[name]
+
+
+def _positions(c: Context, mask: ir.Value, ids: ir.Value) -> ir.Value:
+    g = c.graph
+    count = g.op("Sub", g.op("CumSum", mask, g.constant(1)), g.constant(1))
+    new = g.op("Neg", g.op("Shape", ids, start=1, end=2))
+    return g.op("Slice", g.op("Max", count, g.constant(0)), new, g.constant([LAST]), g.constant([1]))

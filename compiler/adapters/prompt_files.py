@@ -1,0 +1,191 @@
+"""Soft prompts as PEFT's directories (PROMPT_TUNING), and beside them what a task prompt vector needs.
+
+    adapter_config.json, adapter_model.safetensors   what PEFT loads: one tensor `prompt_embeddings` [n, D]
+    start.safetensors                                `start` [n, D], float32: the values it was tuned from; PEFT keeps
+                                                     neither them nor the seed, and does not look at this file
+    tpvc.json                                        how it was made, and fingerprints of base and tokenizer
+
+Prefix tuning, p-tuning and multitask prompt tuning store a tensor of the same name that means something else. They are
+refused, and so is pickle (adapter_model.bin), which can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from tpvc.compiler.adapters.prompt import Prompt
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends.weights import FLOATS, read_json, stored_in
+from tpvc.compiler.output import MANIFEST
+from tpvc.compiler.program import Program, sha256
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+START = "start.safetensors"
+TENSOR, START_TENSOR = "prompt_embeddings", "start"
+
+
+def read(directory: str | Path, name: str) -> Prompt:
+    """The prompt in `directory`, ours or PEFT's, called `name`; values and start as float32.
+
+    TpvcError, one sentence, for whatever is not a whole prompt of finite numbers for a decoder.
+    """
+    directory = Path(directory)
+    config = _config(directory)
+    values = _tensor(directory / WEIGHTS, TENSOR)
+    rows, width = config.get("num_virtual_tokens"), config.get("token_dim")
+    if tuple(values.shape) != (rows, width):
+        raise TpvcError(
+            f"{directory / WEIGHTS} holds {values.shape[0]} vectors of {values.shape[1]} numbers, {CONFIG} says"
+            f" num_virtual_tokens = {rows} and token_dim = {width}; use an intact copy"
+        )
+    start = None
+    if (directory / START).is_file():
+        start = _tensor(directory / START, START_TENSOR)
+        if start.shape != values.shape:
+            raise TpvcError(
+                f"{directory / START} holds {list(start.shape)} numbers, the prompt {list(values.shape)}; use an intact"
+                " copy"
+            )
+    origin: dict[str, Any] = {"directory": str(directory), "sha256": sha256(directory / WEIGHTS)}
+    base, tokenizer = _prints(directory)
+    return Prompt(name, values, start, base, tokenizer, origin)
+
+
+def made(directory: str | Path) -> dict[str, Any]:
+    """The tpvc.json of a prompt's directory; empty for a directory of PEFT's own."""
+    path = Path(directory) / MANIFEST
+    return read_json(path) if path.is_file() else {}
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise TpvcError(f"'{directory}' is not a directory; expected one with {CONFIG} and {WEIGHTS}, as PEFT writes")
+    if not path.is_file():
+        raise TpvcError(f"{directory} has no {CONFIG}; expected the directory of a soft prompt")
+    config = read_json(path)
+    if config.get("peft_type") != "PROMPT_TUNING":
+        raise TpvcError(
+            f"{path} has peft_type = {config.get('peft_type')!r}; expected 'PROMPT_TUNING', a soft prompt: other kinds"
+            " store a tensor of the same name with another meaning"
+        )
+    if config.get("task_type") not in ("CAUSAL_LM", None) or config.get("num_transformer_submodules") not in (1, None):
+        raise TpvcError(
+            f"{path} has task_type = {config.get('task_type')!r} with {config.get('num_transformer_submodules')} parts;"
+            " expected 'CAUSAL_LM', a prompt of a decoder"
+        )
+    return config
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    """float32 [n, D] from a safetensors file."""
+    if not path.is_file():
+        if path.with_name(PICKLE).is_file():
+            raise TpvcError(
+                f"{path.parent} holds its weights as pickle ({PICKLE}), which can run code when read and is refused;"
+                " load it with PEFT and save it again, which writes safetensors"
+            )
+        raise TpvcError(f"{path.parent} has no {path.name}; expected the directory of a soft prompt")
+    found = stored_in(path)
+    if name not in found:
+        raise TpvcError(
+            f"{path} holds no '{name}', it has {', '.join(sorted(found)) or 'nothing'}; expected a soft prompt"
+        )
+    stored = found[name]
+    if stored.dtype not in FLOATS or len(stored.shape) != 2 or 0 in stored.shape:
+        raise TpvcError(
+            f"tensor '{name}' in {path} is {stored.dtype} {list(stored.shape)}; expected [virtual tokens, token_dim] of"
+            f" {', '.join(FLOATS)}"
+        )
+    return stored.read().float()
+
+
+def _prints(directory: Path) -> tuple[str | None, str | None]:
+    match made(directory):
+        case {"artefact": "prompt", "base": {"weights": str(base)}, "tokenizer": str() | None as tokenizer}:
+            return base, tokenizer
+    return None, None
+
+
+def write(prompt: Prompt, directory: Path, model: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Write `prompt` as a directory that PEFT loads; the same prompt gives the same bytes.
+
+    model  what is said of the base (`about`, or what another prompt of it said)
+    extra  what tpvc.json says beside that
+    """
+    rows, width = prompt.values.shape
+    config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": model.get("name"),
+        "inference_mode": True,
+        "num_attention_heads": model.get("heads"),
+        "num_layers": model.get("layers"),
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": rows,
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "token_dim": width,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+    }
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / WEIGHTS).write_bytes(save({TENSOR: _plain(prompt.values)}, {"format": "pt"}))
+        if prompt.start is not None:
+            (directory / START).write_bytes(save({START_TENSOR: _plain(prompt.start)}, {"format": "pt"}))
+        _json(directory / CONFIG, config)
+        _json(
+            directory / MANIFEST,
+            {**extra, "artefact": "prompt", "base": {**model, "weights": prompt.base}, "tokenizer": prompt.tokenizer},
+        )
+    except OSError as error:
+        raise TpvcError(f"'{directory}' cannot be written ({error.strerror or error}); choose another place") from error
+
+
+def about(program: Program) -> dict[str, Any]:
+    """What a prompt's directory says of its base model, apart from the fingerprint."""
+    facts = program.facts
+    name = None if program.source is None else program.source.name
+    return {"name": name, "family": facts.family, "heads": facts.heads, "layers": facts.layers}
+
+
+def base_print(program: Program) -> str | None:
+    """Hex digest that a model shares with its own quantised forms: that of the float weights' file hashes.
+
+    What `tpvc quantize` wrote says which files it was made of. A model made in memory has none.
+    """
+    from tpvc.compiler.frontends import manifest
+
+    if program.source is None:
+        return None
+    match manifest(program):
+        case {"artefact": "checkpoint", "blocks": [*_], "source": {"files": dict() as files}}:
+            pass
+        case _:
+            files = program.source.files
+    return hashlib.sha256("\n".join(sorted(files.values())).encode()).hexdigest()
+
+
+def tokenizer_print(tokenizer: Any) -> str:
+    """Hex digest of a vocabulary: every token with its id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().to(torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def _json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
