@@ -21,7 +21,7 @@ from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
-from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, read, sha256
+from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, prompt_ids, read, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
@@ -29,6 +29,7 @@ from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_grid
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
+from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.fold_road import FoldRoad, as_stored
 from tpvc.passes.round_to_nearest import RoundToNearest
 
@@ -142,6 +143,9 @@ def export(
     portable: bool = False,
     accuracy_level: int = 4,
     roads: Mapping[str, str | Path] | None = None,
+    prompts: Mapping[str, str | Path] | None = None,
+    task: str | None = None,
+    form: str = "kv",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -152,17 +156,26 @@ def export(
     accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
     portable        also write a twin in standard ONNX operators
     roads           {name: PEFT directory} of RoAd adapters to be carried along, for a model that has none yet
+    prompts         {task: PEFT directory} of soft prompts to be carried along, likewise: virtual tokens for the caller
+    task, form      one of the prompts to be folded in, so that the caller feeds text alone: see tpvc.passes.fold_prompt
     """
     out = Path(out)
     if to not in ("onnx", "vllm"):
         raise TpvcError(f"export target is '{to}'; expected onnx or vllm")
     if portable and to != "onnx":
         raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
-    for given in (artefact, *(roads or {}).values()):
+    if task is not None and to != "onnx":
+        raise TpvcError(f"a prompt was to be folded into a {to} folder; only onnx has a graph that can hold it")
+    for given in (artefact, *(roads or {}).values(), *(prompts or {}).values()):
         check_apart(out, given)
     check_free(out, overwrite)
     progress("export", 0, 1, str(artefact))
-    program = frontends.with_roads(frontends.load(artefact), roads or {})
+    program = frontends.with_prompts(frontends.with_roads(frontends.load(artefact), roads or {}), prompts or {})
+    carried = program.prompts
+    if task is not None:
+        prompt_ids(program, task)  # an unknown one is refused
+        folding = FoldPrompt(next(p for p in carried if p.name == task), form)
+        program = verify(folding(program), after="FoldPrompt")
     tokenizer = frontends.tokenizer(program)
     manifest = {
         "tpvc": tpvc.__version__,
@@ -170,7 +183,10 @@ def export(
         "source": {"name": program.source.name, "files": program.source.files},
         "options": {"to": to},
         "adapters": [a.record for a in program.adapters],
+        "prompts": [{**p.record, "first_id": prompt_ids(program, p.name)[0]} for p in program.prompts],
     }
+    if task is not None:
+        manifest["folded"] = {"form": form, **next(p.record for p in carried if p.name == task)}
     if (made := frontends.manifest(program)) is not None:
         manifest["source"]["manifest"] = {key: value for key, value in made.items() if key != "blocks"}
     with published(out, overwrite) as work:

@@ -19,12 +19,19 @@ Examples:
   tpvc export smollm2-w4 --to onnx -o smollm2-onnx
   tpvc export smollm2-w4 --to onnx -o smollm2-exact --portable --accuracy-level 0
   tpvc export smollm2-w4 --to onnx -o tasks --road a=./a --road b=./b
+  tpvc export smollm2-w4 --to onnx -o tasks --prompt a=./a --prompt b=./b
+  tpvc export smollm2-w4 --to onnx -o only-a --prompt a=./a --task a
 
 \b
 An onnx folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
 key/value buffer). Accuracy level 4 rounds activations to 8 bits inside each product and is
 the fast one on CPUs; level 0 computes in float32 and gives the interpreter's tokens.
 A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
+
+\b
+Soft prompts become rows of their own for ids from vocab_size on; `tpvc run OUT --task NAME`, or
+any client of GenAI, feeds them before the text, each row its own. With --task one prompt becomes
+keys and values in the graph: it costs no prefill, and callers feed text alone.
 
 \b
 A vllm folder holds the same integers as the artefact, with asymmetric zero points packed and a
@@ -43,6 +50,19 @@ tied head untied, as vLLM's loader expects and transformers refuses.
 @click.option(
     "--road", "road", multiple=True, metavar="NAME=DIR", help="A RoAd adapter to carry along; may be repeated."
 )
+@click.option(
+    "--prompt", "prompt", multiple=True, metavar="NAME=DIR", help="A soft prompt to carry along; may be repeated."
+)
+@click.option(
+    "--task", metavar="NAME", help="Fold this one of the soft prompts into the graph: callers feed text alone."
+)
+@click.option(
+    "--form",
+    type=click.Choice(["kv", "prefix"]),
+    default="kv",
+    show_default=True,
+    help="Of a folded prompt: its keys and values, or the prompt itself (portable graph only).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(
@@ -52,6 +72,9 @@ def command(
     portable: bool,
     accuracy_level: str,
     road: tuple[str, ...],
+    prompt: tuple[str, ...],
+    task: str | None,
+    form: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -70,6 +93,9 @@ def command(
                 portable=portable,
                 accuracy_level=int(accuracy_level),
                 roads=named_directories("--road", road),
+                prompts=named_directories("--prompt", prompt),
+                task=task,
+                form=form,
                 overwrite=overwrite,
                 progress=bars,
             )

@@ -110,6 +110,9 @@ def with_prompts(program: Program, directories: Mapping[str, str | Path]) -> Pro
     """`program` with the soft prompts in {name: PEFT directory} beside its embeddings, in that order."""
     from tpvc.passes.bank_prompt import BankPrompt
 
+    if directories and program.prompts:
+        there = ", ".join(p.name for p in program.prompts)
+        raise TpvcError(f"the model already carries soft prompts ({there}); expected one without")
     return verify(BankPrompt(read_prompts(program, directories))(program), "BankPrompt") if directories else program
 
 

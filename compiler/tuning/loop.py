@@ -1,4 +1,4 @@
-"""The optimiser loop of everything that is tuned: AdamW, linear schedule with warm-up, best by validation, resumable.
+"""The optimiser loop of everything that is tuned: AdamW, warm-up and decay, best by validation, resumable.
 
 The run is cut into stretches of steps. After each the validation set is measured and the state goes to a BlockStore, so
 that a run that was stopped goes on after its last finished stretch, bit for bit: the batch of step s follows from the
@@ -28,13 +28,16 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps of `batch` examples; the rate climbs to `lr` over the first `warmup` (a share) and falls linearly to 0."""
+    """steps of `batch` examples; the rate climbs to `lr` over the first `warmup` (a share) and falls to 0, linearly or
+    as half a cosine. `weight_decay` is AdamW's."""
 
     steps: int
     batch: int
     lr: float
     warmup: float
     seed: int
+    decay: str = "linear"
+    weight_decay: float = 0.0
 
     @property
     def stretch(self) -> int:
@@ -42,7 +45,10 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         rise = max(1, round(self.warmup * self.steps))
-        return self.lr * min((step + 1) / rise, (self.steps - step) / (self.steps - rise + 1))
+        left = (self.steps - step) / (self.steps - rise + 1)
+        if self.decay == "cosine":
+            left = (1 - math.cos(math.pi * min(1.0, left))) / 2
+        return self.lr * min((step + 1) / rise, left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +72,13 @@ def tune(
     store: BlockStore,
     progress: Progress = silent,
 ) -> Tuned:
-    """Lower `loss(indices of the examples of a batch)` by changing `params` in place; AdamW, no weight decay.
+    """Lower `loss(indices of the examples of a batch)` by changing `params` in place with AdamW.
 
     params    leaves that require gradients
     masks     by the same names, for some of them: 1 where a number may move, 0 where it must not
     lengths   of all examples in tokens; every epoch sees each once, in an order drawn from the seed
     """
-    optimizer = torch.optim.AdamW(list(params.values()), lr=schedule.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(list(params.values()), lr=schedule.lr, weight_decay=schedule.weight_decay)
     curve, checks, best, best_step, step, done = [], [], {}, 0, 0, 0
     while (found := store.finished(done)) is not None:
         done += 1

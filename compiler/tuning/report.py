@@ -15,6 +15,7 @@ def write(path: Path, name: str, manifest: dict, model: str, seconds: float) -> 
     series = [("training", [training.get(step) for step in steps]), ("validation", [loss for _, loss, _ in checks])]
     facts = {
         "name": name,
+        "kind": manifest["options"].get("variant", "soft prompt"),
         "model": Path(model).name or model,
         "manifest": manifest,
         "start": checks[0],

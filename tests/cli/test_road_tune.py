@@ -7,6 +7,7 @@ import torch
 
 from tpvc.compiler import frontends, interpret
 from tpvc.compiler.adapters import road_files
+from tpvc.compiler.tuning import data as data_module
 from tpvc.compiler.tuning import road_tune as module
 from tpvc.compiler.tuning.loss import score_answers
 from tpvc.passes.bank_road import BankRoad
@@ -38,13 +39,13 @@ def test_an_adapter_is_learned_written_and_read_again(ok, tiny_llama, data, tmp_
     program = frontends.load(tiny_llama)
     banked = BankRoad((road_files.read(out, program, "x"),))(program)
     # what was measured while tuning is what the written adapter does
-    examples = module.encode_examples(
+    examples = data_module.encode_examples(
         frontends.tokenizer(program),
-        module.read_examples(data, template="{text}?", labels=WORDS),
+        data_module.read_examples(data, template="{text}?", labels=WORDS),
         256,
         1,
     )
-    held_out = module.held_out(examples, 0, "data")[1]
+    held_out = data_module.held_out(examples, 0, "data")[1]
     found = score_answers(banked, interpret.in_memory(banked), held_out, 8, 0)
     kept = next(c for c in told["checks"] if c[0] == told["kept_step"])
     # products were in bfloat16 while tuning: 15 of them, each off by 2^-9 of its size
