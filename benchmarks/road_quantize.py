@@ -24,7 +24,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from road_tasks import accuracy, first_tokens, prepare, read
+from tasks import accuracy, first_tokens, prepare, read
 
 from tpvc import quantize
 from tpvc.compiler import frontends, interpret

@@ -2,12 +2,11 @@
 
     python benchmarks/road_tasks.py --data FOLDER -o road_tasks [--tasks sst2,trec,rte] [--methods road_1,lora] ...
 
-FOLDER holds sst2/{train,dev,test}.tsv (sentence, label), trec6/TREC.{train,test} and rte/{train,dev}.tsv as published.
+FOLDER is described in tasks.py.
 Every run writes one line to OUT/results.jsonl and its adapter beside it; what is there is not run again, so several
 processes may share the work by --tasks. Without --tasks to run, --table prints what there is.
 
-Prompts end before the label's word, which is the answer. Accuracy compares the likelihoods of the labels' first tokens,
-so that an untrained model is not punished for writing something else. LoRA is PEFT's, r = 8, alpha 16, on the same
+What the model is asked, and what accuracy means, is in tasks.py. LoRA is PEFT's, r = 8, alpha 16, on the same
 linears of the same model, trained by the same loop on the same batches.
 """
 
@@ -17,104 +16,20 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from tasks import BATCH, LABELS, TEMPLATES, accuracy, first_tokens, prepare, read
 
 from tpvc.compiler import frontends, interpret
 from tpvc.compiler.adapters import road_files
 from tpvc.compiler.program import Program, dense
 from tpvc.compiler.quick import quick_linear
 from tpvc.compiler.store import BlockStore
-from tpvc.compiler.tuning.examples import Encoded, encode_examples, read_examples
 from tpvc.compiler.tuning.loop import Schedule, tune
 from tpvc.compiler.tuning.loss import Answers, answer_logits, batch_of, by_length
 from tpvc.compiler.tuning.road_tune import road_tune
 from tpvc.passes.bank_road import BankRoad
-
-VALIDATION, TEST = 64, 500
-LABELS = {
-    "sst2": {"0": "negative", "1": "positive"},
-    "trec": {
-        "ABBR": "abbreviation",
-        "DESC": "description",
-        "ENTY": "entity",
-        "HUM": "human",
-        "LOC": "location",
-        "NUM": "number",
-    },
-    "rte": {"entailment": "yes", "not_entailment": "no"},
-}
-TEMPLATES = {
-    "sst2": "Review: {text}\nSentiment:",
-    "trec": "Question: {text}\nIt asks for:",
-    "rte": "{text}\nQuestion: {claim} Yes or no?\nAnswer:",
-}
-BATCH = {"sst2": 8, "trec": 8, "rte": 4}
-
-
-def rows(task: str, folder: Path, part: str) -> Iterator[dict[str, str]]:
-    """The examples of one published file."""
-    if task == "sst2":
-        for line in (folder / "sst2" / f"{part}.tsv").read_text(encoding="utf-8").split("\n"):
-            text, tab, label = line.rpartition("\t")
-            if tab:
-                yield {"text": text, "label": label}
-    elif task == "trec":
-        name = {"train": "TREC.train", "test": "TREC.test"}[part]
-        for line in (folder / "trec6" / name).read_text(encoding="latin-1").split("\n"):
-            kind, _, text = line.partition(" ")
-            if text:
-                yield {"text": text, "label": kind.partition(":")[0]}
-    else:
-        for line in (folder / "rte" / f"{part}.tsv").read_text(encoding="utf-8").split("\n")[1:]:
-            fields = line.split("\t")
-            if len(fields) == 4:
-                yield {"text": fields[1], "claim": fields[2], "label": fields[3].strip()}
-
-
-def prepare(task: str, folder: Path, out: Path) -> dict[str, Path]:
-    """train, validation and test as jsonl. Validation is drawn from the training data where nothing else is left."""
-    generator = torch.Generator().manual_seed(0)
-    train = list(rows(task, folder, "train"))
-    order = torch.randperm(len(train), generator=generator).tolist()
-    validation = [train[i] for i in order[:VALIDATION]]
-    test = list(rows(task, folder, "dev" if task == "rte" else "test"))
-    test = [test[i] for i in torch.randperm(len(test), generator=generator).tolist()[:TEST]]
-    parts = {"train": [train[i] for i in order[VALIDATION:]], "validation": validation, "test": test}
-    out.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for part, records in parts.items():
-        paths[part] = out / f"{task}-{part}.jsonl"
-        text = "".join(json.dumps(r) + "\n" for r in records)
-        if not paths[part].exists() or paths[part].read_text() != text:
-            paths[part].write_text(text)
-    return paths
-
-
-def read(task: str, path: Path, tokenizer, program: Program) -> list[Encoded]:
-    examples = read_examples(path, template=TEMPLATES[task], labels=LABELS[task])
-    return encode_examples(tokenizer, examples, 256, program.facts.eos[0])
-
-
-def first_tokens(task: str, tokenizer) -> torch.Tensor:
-    tokens = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in LABELS[task].values()]
-    assert len(set(tokens)) == len(tokens), "labels must differ in their first token"
-    return torch.tensor(tokens)
-
-
-@torch.no_grad()
-def accuracy(logits_of: Callable, examples: list[Encoded], choices: torch.Tensor) -> float:
-    """Share of the examples whose label's first token is likelier than the other labels' first tokens."""
-    right = 0
-    for part in by_length(examples, 16):
-        batch = batch_of(part)
-        logits = logits_of(batch)
-        firsts = torch.cat((torch.tensor([True]), batch.rows[1:] != batch.rows[:-1]))
-        chosen = choices[logits[firsts][:, choices].argmax(-1)]
-        right += int((chosen == batch.targets[firsts]).sum())
-    return right / len(examples)
 
 
 def lora(program: Program, paths: dict, task: str, tokenizer, steps: int, lr: float, seed: int, work: Path):

@@ -78,6 +78,32 @@ def curve(points: Sequence[tuple[float, float]]) -> str:
     return _svg([line + "</polyline>"], wide, tall)
 
 
+def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
+    """Values from -1 to 1 of every name with every other: the stronger, the fuller; below 0 in the plain colour."""
+    shown = [name if len(name) <= 22 else name[:21] + "…" for name in names]
+    longest = max(map(len, shown))
+    left, top, right = 16 + 7 * longest, 12 + 5 * longest, 5 * longest
+    cell = min(64.0, (WIDTH - left - right) / len(names))
+    size = min(11.0, 0.36 * cell)
+    parts = []
+    for i, (name, row) in enumerate(zip(shown, matrix, strict=True)):
+        x, y = left + cell * (i + 0.5), top + cell * (i + 0.5)
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text transform="translate({x:.1f} {top - 8}) rotate(-40)">{escape(name)}</text>')
+        for j, value in enumerate(row):
+            colour, fill = COLOURS[value > 0], 0.5 * min(1.0, abs(value))
+            parts.append(
+                f'<rect x="{left + cell * j:.1f}" y="{y - cell / 2:.1f}" width="{cell - 1:.1f}"'
+                f' height="{cell - 1:.1f}" fill="{colour}" fill-opacity="{fill:.3f}">'
+                f"<title>{escape(names[i])}, {escape(names[j])}: {value:.3f}</title></rect>"
+            )
+            parts.append(
+                f'<text x="{left + cell * (j + 0.5):.1f}" y="{y + size / 3:.1f}" text-anchor="middle"'
+                f' style="fill:var(--ink);font-size:{size:.1f}px;pointer-events:none">{value:.2f}</text>'
+            )
+    return _svg(parts, WIDTH, math.ceil(top + cell * len(names)) + 14)
+
+
 def _svg(parts: Sequence[str], width: int, height: int) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
 

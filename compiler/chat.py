@@ -25,6 +25,7 @@ class Engine:
 
     label      what runs it, for tables: "ONNX Runtime GenAI", "torch float32"
     encode     Prompt -> token ids; TpvcError for messages when the model has no chat template
+    before     ids of the virtual tokens that `encode` puts first; none without a task
     generate   (ids, max_new_tokens, temperature, seed, stop) -> the tokens that follow, one by one; greedy at
                temperature 0; with stop=False the end-of-text token does not end it (speed measurements)
     decoder    () -> a function that turns one token after the other into text that can be printed
@@ -35,6 +36,7 @@ class Engine:
     vocab_size: int
     context_length: int
     size: int
+    before: list[int]
     encode: Callable[[Prompt], list[int]]
     generate: Callable[..., Iterator[int]]
     decoder: Callable[[], Callable[[int], str]]
@@ -185,6 +187,7 @@ def _genai(folder: Path, threads: int, adapter: str | None, task: str | None) ->
         vocab_size=facts["vocab_size"],
         context_length=facts["context_length"],
         size=sum(f.stat().st_size for f in folder.glob(f"{weights.name}*")),
+        before=before,
         encode=lambda prompt: [*before, *encode(prompt)],
         generate=generate,
         decoder=decoder,
@@ -199,7 +202,7 @@ def _genai_text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]]
     try:
         tokenizer = og.Tokenizer(model)
     except RuntimeError:
-        return _transformers_text(auto_tokenizer(folder), str(folder))
+        return transformers_text(auto_tokenizer(folder), str(folder))
 
     def encode(prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -243,7 +246,7 @@ def _interpreter(target: str, threads: int, adapter: str | None, task: str | Non
 
     def pair() -> tuple[Callable[[Prompt], list[int]], Callable[[], Callable[[int], str]]]:
         if not text:
-            text.extend(_transformers_text(tokenizer(program), target))
+            text.extend(transformers_text(tokenizer(program), target))
         return text[0], text[1]
 
     integers = any(grid_of(p) for p in program.params.values())
@@ -252,6 +255,7 @@ def _interpreter(target: str, threads: int, adapter: str | None, task: str | Non
         vocab_size=facts.vocab_size,
         context_length=facts.context_length,
         size=weight_bytes(program),
+        before=before,
         encode=lambda prompt: [*before, *pair()[0](prompt)],
         generate=generate,
         decoder=lambda: pair()[1](),
@@ -291,7 +295,7 @@ def auto_tokenizer(folder: Path) -> Any:
         raise TpvcError(f"{folder}: no tokenizer can be read from it: {_first_line(error)}") from error
 
 
-def _transformers_text(tokenizer: Any, name: str) -> tuple[Any, Any]:
+def transformers_text(tokenizer: Any, name: str) -> tuple[Any, Any]:
     def encode(prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return tokenizer(prompt)["input_ids"]

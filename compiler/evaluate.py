@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.interpret import Weight, from_files, positions_of, run
-from tpvc.compiler.program import Program, adapter_id
+from tpvc.compiler.program import Program, adapter_id, prompt_ids
 from tpvc.compiler.progress import Progress, silent
 
 BATCH = 4
@@ -195,26 +195,31 @@ def pieces(windows: Iterable[Tensor], vocab_size: int) -> Iterator[Tensor]:
         yield from window.split(max(1, CHUNK // vocab_size))
 
 
-def predictor(program: Program, weight: Weight | None = None, adapter: str | None = None) -> Predictor:
+def predictor(
+    program: Program, weight: Weight | None = None, adapter: str | None = None, task: str | None = None
+) -> Predictor:
     """A Program as score takes it, BATCH windows at a time. Without a `weight` parameters are read batch by batch.
-    `adapter` is the name of one of the program's; None is the base model.
+    `adapter` is the name of one of the program's, None the base model; `task` that of a soft prompt, which then stands
+    before every window.
 
     The graph is cut at the head; what follows it treats every position alone.
     """
     weight = weight or from_files(program)
     facts = program.facts
     chosen = torch.tensor([adapter_id(program, adapter)])
+    before = torch.tensor(prompt_ids(program, task), dtype=torch.int64)
     head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
 
     def logits(tokens: Tensor) -> Iterator[Tensor]:
         for batch in tokens.split(BATCH):
+            batch = torch.cat((before.expand(len(batch), -1), batch), 1)
             mask = torch.ones_like(batch, dtype=torch.bool)
             values = {"input_ids": batch, "mask": mask, "positions": positions_of(mask, batch.shape[1])}
             values["adapter_ids"] = chosen.expand(len(batch))
-            hidden = run(program.nodes[:head], values, weight)[:, :-1]
+            hidden = run(program.nodes[:head], values, weight)[:, len(before) : -1]
             held = {name: weight(name) for n in program.nodes[head:] for name in n.params.values()}
             for part in pieces(hidden, facts.vocab_size):
-                before = {program.nodes[head].inputs[0]: part[None], "adapter_ids": chosen}
-                yield run(program.nodes[head:], before, held.__getitem__)[0]
+                entering = {program.nodes[head].inputs[0]: part[None], "adapter_ids": chosen}
+                yield run(program.nodes[head:], entering, held.__getitem__)[0]
 
-    return Predictor(facts.vocab_size, facts.context_length, logits)
+    return Predictor(facts.vocab_size, facts.context_length - len(before), logits)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tpvc.compiler import chat, frontends, interpret
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import Perplexity, Predictor, encode, pieces, predictor, read_text, score, text_windows
-from tpvc.compiler.program import adapter_id
+from tpvc.compiler.program import adapter_id, prompt_ids
 from tpvc.compiler.progress import Progress, silent
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
@@ -43,6 +43,7 @@ def measure(
     seqlen: int | None = None,
     threads: int | None = None,
     adapter: str | None = None,
+    task: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Perplexity of `target` (a GenAI folder, or whatever `tpvc.load` takes), and its distance from an original.
@@ -53,50 +54,55 @@ def measure(
     seqlen   tokens a window; by default 512, or 128 for the built-in text, and never more than the model's context
     adapter  one of the target's adapters, by name, or a PEFT directory: it is measured under that, the original under
              none
+    task     likewise one of its soft prompts, which stands before every window
 
-    {"text", "windows", "seqlen", "target", "perplexity", "stderr"}, with an adapter "adapter", and with an original
-    "against": {"target", "perplexity", "stderr", "kl" (mean KL(original || target), nats a token), "top1" (share of the
-    same likeliest token)}. The standard errors are over windows, nan for one. TpvcError for what cannot be loaded or
-    compared, for an adapter that the target lacks, and for a text or a context that is too short. A folder that gives
-    the last token's logits only is run token by token.
+    {"text", "windows", "seqlen", "target", "perplexity", "stderr"}, "adapter" and "task" where given, and with an
+    original "against": {"target", "perplexity", "stderr", "kl" (mean KL(original || target), nats a token), "top1"
+    (share of the same likeliest token)}. The standard errors are over windows, nan for one. TpvcError for what cannot
+    be loaded or compared, for an adapter or a task that the target lacks, and for a text or a context that is too
+    short. A folder that gives the last token's logits only is run token by token.
     """
     threads = threads or chat.cores()
-    names = [(str(target), adapter), *([(str(against), None)] if against else [])]
+    names = [(str(target), adapter, task), *([(str(against), None, None)] if against else [])]
     subjects = []
-    for i, (name, task) in enumerate(names):
-        progress("load", i, len(names), name)
-        subjects.append(open_subject(name, threads, task))
+    for i, given in enumerate(names):
+        progress("load", i, len(names), given[0])
+        subjects.append(open_subject(given[0], threads, *given[1:]))
     progress("load", len(names), len(names), "")
     tokens = windows_of(subjects[0], text, windows, seqlen)
     found = compare(subjects[0], subjects[1] if against else None, tokens, progress)
     protocol = {"text": str(text) if text else "built-in", "windows": len(tokens), "seqlen": tokens.shape[1]}
-    return {**protocol, **({"adapter": adapter} if adapter is not None else {}), **found}
+    chosen = {key: value for key, value in (("adapter", adapter), ("task", task)) if value is not None}
+    return {**protocol, **chosen, **found}
 
 
-def open_subject(target: str, threads: int, adapter: str | None = None) -> Subject:
-    """Load `target` for measuring, under one of its adapters or as the base model.
+def open_subject(target: str, threads: int, adapter: str | None = None, task: str | None = None) -> Subject:
+    """Load `target` for measuring, under one of its adapters and behind one of its prompts, or as the base model.
 
     Weights stay in memory when they take less than a quarter of it.
     """
     torch.set_num_threads(threads)
     if chat.is_genai(target):
-        return Subject(target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads, adapter)))
-    program, adapter, _ = frontends.load_for(target, adapter)
-    adapter_id(program, adapter)  # an unknown one is refused before weights are read
+        return Subject(
+            target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads, adapter, task))
+        )
+    program, adapter, task = frontends.load_for(target, adapter, task)
+    adapter_id(program, adapter), prompt_ids(program, task)  # unknown ones are refused before weights are read
     floats = 4 * sum(math.prod(p.shape) for p in program.params.values())
     small = 4 * floats < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     weight = interpret.in_memory(program) if small else interpret.from_files(program)
-    return Subject(target, frontends.tokenizer(program), predictor(program, weight, adapter))
+    return Subject(target, frontends.tokenizer(program), predictor(program, weight, adapter, task))
 
 
 def _runtime(engine: chat.Engine) -> Predictor:
     """An engine as score takes it: a window at a time."""
 
     def logits(tokens: Tensor) -> Iterator[Tensor]:
-        windows = (torch.from_numpy(engine.logits(window.tolist())[:-1]) for window in tokens)
+        fed = ([*engine.before, *window.tolist()] for window in tokens)
+        windows = (torch.from_numpy(engine.logits(ids)[len(engine.before) : -1]) for ids in fed)
         return pieces(windows, engine.vocab_size)
 
-    return Predictor(engine.vocab_size, engine.context_length, logits)
+    return Predictor(engine.vocab_size, engine.context_length - len(engine.before), logits)
 
 
 def windows_of(

@@ -14,7 +14,7 @@ from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import encode
 from tpvc.compiler.program import Program
-from tpvc.passes.bank_prompt import embeddings
+from tpvc.passes.bank_prompt import TOKENS, embeddings
 
 COMMON = 5000
 """Vocabulary rows are drawn from the first ids, which tokenizers give to the most frequent pieces."""
@@ -64,8 +64,9 @@ def start(program: Program, tokenizer: Any, init: str, tokens: int | None, seed:
 
 @torch.no_grad()
 def embedded(program: Program, ids: Tensor) -> Tensor:
-    """Embeddings float32 [n, D] of int64 `ids` [n], as they enter the model (Gemma multiplies its table's rows)."""
-    site = embeddings(program).name
+    """Embeddings float32 [n, D] of int64 `ids` [n], as they enter the model (Gemma multiplies its table's rows); those
+    of virtual tokens too."""
+    site = TOKENS if program.prompts else embeddings(program).name
     nodes = program.nodes[: 1 + next(i for i, n in enumerate(program.nodes) if n.name == site)]
     mask = torch.ones(1, len(ids), dtype=torch.bool)
     values = {"input_ids": ids[None], "mask": mask, "positions": interpret.positions_of(mask, len(ids))}

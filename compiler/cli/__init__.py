@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from tpvc import __version__
-from tpvc.compiler.cli import bench, console, demo, eval, export, inspect, quantize, road, run
+from tpvc.compiler.cli import bench, console, demo, eval, export, inspect, prompt, quantize, road, run
 from tpvc.compiler.errors import TpvcError
 
 INTERRUPTED = 130
@@ -88,7 +88,7 @@ def cli() -> None:
     """Quantise a language model with FlexRound and compile it to the hardware it will run on."""
 
 
-for module in (demo, quantize, export, road, run, eval, bench, inspect):
+for module in (demo, quantize, export, road, prompt, run, eval, bench, inspect):
     cli.add_command(module.command)
 
 

@@ -24,7 +24,7 @@ The first WINDOWS * SEQLEN tokens of FILE are cut into windows; every window pre
 tokens but the first. The standard error is over windows. KL is mean KL(original || target) in
 nats a token; top-1 is how often both think the same token likeliest. Without --text a short
 English text that is in no calibration set is used: enough to see that nothing broke, no more.
---adapter holds for TARGET alone; ORIGINAL is measured as its base model.
+--adapter and --task hold for TARGET alone; ORIGINAL is measured as its base model.
 
 \b
 An exported folder is measured in its own runtime. Its graph gives the logits of the last token
@@ -42,6 +42,7 @@ only, so it is fed token by token, at the decoding speed that `tpvc bench` shows
     metavar="NAME",
     help="An adapter that TARGET carries, or the folder of a RoAd adapter (PEFT's format).  [default: the base model]",
 )
+@click.option("--task", metavar="NAME", help="Likewise a soft prompt, which stands before every window.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
 @console.json_option
 def command(
@@ -51,6 +52,7 @@ def command(
     windows: int | None,
     seqlen: int | None,
     adapter: str | None,
+    task: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -61,7 +63,7 @@ def command(
     from tpvc.compiler.measure import measure
 
     with console.Bars() as bars:
-        options = {"windows": windows, "seqlen": seqlen, "threads": threads, "adapter": adapter}
+        options = {"windows": windows, "seqlen": seqlen, "threads": threads, "adapter": adapter, "task": task}
         found = measure(target, text, against=against, **options, progress=bars)
     if as_json:
         return console.print_json(found)
@@ -78,6 +80,6 @@ def results_table(found: list[dict[str, Any]], title: str) -> Any:
     for row in found:
         far = row.get("against")
         distance = (f"{far['kl']:.4f}", f"{100 * far['top1']:.1f} %") if far else ("", "")
-        name = f"{row['target']} with {row['adapter']}" if "adapter" in row else row["target"]
+        name = " with ".join([row["target"], *(row[key] for key in ("adapter", "task") if key in row)])
         made.add_row(name, f"{row['perplexity']:.2f}", f"{row['stderr']:.2f}", *distance)
     return made

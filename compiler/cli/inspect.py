@@ -41,7 +41,7 @@ def command(target: str, everything: bool, as_json: bool) -> None:
     show(f"[bold]{target}[/]: {facts['kind']}")
     for name, value in facts["facts"].items():
         show(f"  {name:<20} {value}", markup=False)
-    for title in ("grids", "operators", "adapters", "matmulnbits", "files"):
+    for title in ("grids", "operators", "adapters", "prompts", "matmulnbits", "files"):
         if facts.get(title):
             show(_counts(title, facts[title]))
     if everything and facts.get("linears"):
@@ -88,6 +88,7 @@ def program_facts(target: str) -> dict[str, Any]:
         "grids": dict(Counter(row["grid"] for row in rows)),
         "operators": dict(Counter(node.op for node in program.nodes).most_common()),
         "adapters": {a.name: _adapter(a) for a in program.adapters},
+        "prompts": {p.name: f"{p.tokens} virtual tokens" for p in program.prompts},
         "linears": rows,
         "files": {name: units.size(count) for name, count in files.items()},
         "provenance": provenance,
@@ -132,9 +133,15 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         "matmulnbits": dict(layouts.most_common()),
         "adapters": {f.stem: units.size(f.stat().st_size) for f in sorted((folder / ADAPTERS).glob("*.onnx_adapter"))},
+        "prompts": {p["name"]: _ids(p) for p in (_manifest(folder) or {}).get("prompts", [])},
         "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
         "provenance": _manifest(folder),
     }
+
+
+def _ids(prompt: dict[str, Any]) -> str:
+    first, tokens = prompt["first_id"], prompt["tokens"]
+    return f"{tokens} virtual tokens, ids {first} to {first + tokens - 1}"
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ def named_directories(option: str, given: tuple[str, ...]) -> dict[str, str]:
         if not equals:
             name, directory = Path(item).name, item
         if name in found:
-            raise TpvcError(f"found two adapters called '{name}' ({option}); give each its own name, as in NAME=DIR")
+            raise TpvcError(f"found '{name}' twice ({option}); give each its own name, as in NAME=DIR")
         found[name] = directory
     return found
 

@@ -131,7 +131,7 @@ def test_exported_beside_integers_that_knew_none(artefact, prompts, ok, tmp_path
 def test_what_is_refused(carried, refused, tiny_llama, prompts, artefact, tmp_path):
     a, out = prompts[0], tmp_path / "out"
     quantize = ("quantize", tiny_llama, "-o", out, *ROUND)
-    assert "two adapters called 'x'" in refused(*quantize, "--prompt", f"x={a}", "--prompt", f"x={prompts[1]}")
+    assert "found 'x' twice" in refused(*quantize, "--prompt", f"x={a}", "--prompt", f"x={prompts[1]}")
     assert "behind a prompt of 6" in refused(*quantize, "--seqlen", 11, "--prompt", f"x={a}")
     assert "do not go round" in refused(*quantize, "--nsamples", 1, "--prompt", f"x={a}")
     assert "quantise its base" in refused("quantize", carried[0], "-o", out)

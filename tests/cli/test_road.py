@@ -258,7 +258,7 @@ def test_what_is_refused_leaves_nothing(refused, tiny_llama, llama, artefact, ow
     compose = ("compose", "--base", tiny_llama)
     two = written(road_of(llama, "road_2"), tiny_llama, "two")
     assert "'own' and 'b' both move outputs 0 and 4 of" in no(*compose, "disjoint", own, f"b={own}")
-    assert "two adapters called 'own'" in no(*compose, "disjoint", own, own)
+    assert "found 'own' twice" in no(*compose, "disjoint", own, own)
     assert "'two' is road_2, whose products depend" in no(*compose, "product", two, f"b={two}")
     assert "found road_1 in groups of 8 ('own') and road_2" in no(*compose, "disjoint", own, two)
     assert "found the weights 1 for 2 adapters" in no(*compose, "interpolate", own, f"b={own}", "--weight", 1)

@@ -1,0 +1,45 @@
+"""What is sent to vLLM: decoded as vLLM does, and fed to transformers, it gives the tokens of `tpvc run --task`."""
+
+import base64
+import io
+import json
+
+import pytest
+import torch
+
+from tpvc.compiler import frontends
+from tpvc.compiler.adapters import prompt_files
+from tpvc.compiler.adapters.prompt import Prompt
+
+
+@pytest.fixture
+def directory(tiny_llama, tmp_path):
+    program = frontends.load(tiny_llama)
+    values = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * 0.05
+    prompt = Prompt("task", values, base=prompt_files.base_print(program))
+    prompt_files.write(prompt, tmp_path / "task", prompt_files.about(program), {})
+    return tmp_path / "task"
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_the_request_is_the_prompt_and_the_text(tpvc, ok, tiny_llama, directory, tmp_path, raw):
+    import transformers
+
+    given = ("--task", directory, *(["--raw"] if raw else []))
+    result = tpvc("prompt", "embeds", tiny_llama, "The quick", *given, "--served", "tiny", "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.stderr
+    request = json.loads(result.stdout)
+    assert (request["model"], request["max_tokens"], request["temperature"]) == ("tiny", 12, 0)
+    vectors = torch.load(io.BytesIO(base64.b64decode(request["prompt_embeds"])), weights_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    mask = torch.ones(1, len(vectors), dtype=torch.int64)
+    found = model.generate(inputs_embeds=vectors[None], attention_mask=mask, max_new_tokens=12, do_sample=False)
+    told = ok("run", tiny_llama, "The quick", "--task", directory, *(["--raw"] if raw else []), "--max-new-tokens", 12)
+    assert found[0].tolist()[: len(told["tokens"])] == told["tokens"]
+    assert len(vectors) == told["prompt_tokens"]
+    tpvc("prompt", "embeds", tiny_llama, "The quick", *given, "-o", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["prompt_embeds"] == request["prompt_embeds"]
+
+
+def test_an_unknown_task_is_one_sentence(refused, tiny_llama):
+    assert "no task 'x'; it has none" in refused("prompt", "embeds", tiny_llama, "The", "--task", "x")
