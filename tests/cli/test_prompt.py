@@ -392,7 +392,7 @@ def test_what_is_refused_leaves_nothing(refused, endless, written, pair, tasks, 
     assert "'a' and 'b' were tuned for different models" in no("add", a, other)
     assert "'a' and 'b' were tuned for different tokenizers" in no("add", a, written("b", *values2(), tokenizer="f"))
     assert "is not a directory" in no("add", a, tmp_path / "none")
-    assert "called 'a'" in no("add", a, a)
+    assert "found 'a' twice" in no("add", a, a)
     short = written("short", drawn(1)[:2], drawn(2)[:2])
     assert "'a' has 4 virtual tokens of 64 numbers, 'short' 2 virtual tokens" in no("add", a, short)
     assert "expected a start of the prompts' own length" in no("add", a, b, "--start", short)
