@@ -144,3 +144,29 @@ def test_genai_writes_what_the_interpreter_does(kind, tiny, tmp_path):
         (tmp_path / name).mkdir()
         emit(made, tmp_path / name, None, accuracy_level=0)
         assert greedy(tmp_path / name, fed, 24) == wanted, name
+
+
+@pytest.mark.slow
+def test_demo_model_in_genai(tiny, tmp_path):
+    """A prompt of 20 vocabulary rows before each of 4 texts, 32 greedy tokens, as virtual tokens and as keys."""
+    from tpvc.compiler import frontends
+    from tpvc.compiler.adapters import prompt_start
+    from tpvc.compiler.program import dense, linears
+
+    program = frontends.load("smollm2-135m")
+    tokenizer = frontends.tokenizer(program)
+    weights = [n.params["weight"] for n in linears(program.nodes) if n.block is not None]
+    program = program.with_params(
+        {name: tiny.round_to_nearest(dense(program.params[name]), Grid(4, 64, False)) for name in weights}
+    )
+    prompt, _ = prompt_start.start(program, tokenizer, "vocab", 20, 1)
+    banked, folded = BankPrompt((prompt,))(program), FoldPrompt(prompt, "kv")(program)
+    held, before = in_memory(banked), prompt_ids(banked, "start")
+    for name, made in (("rows", banked), ("kv", folded)):
+        (tmp_path / name).mkdir()
+        emit(made, tmp_path / name, None, accuracy_level=0)
+    for text in ("The capital of France is", "def fibonacci(n):", "Water boils at", "In the year 1969"):
+        ids = tokenizer.encode(text)
+        wanted = list(generate(banked, torch.tensor(ids), 32, held, task="start", stop_at_eos=False))
+        assert greedy(tmp_path / "rows", [*before, *ids], 32) == wanted, text
+        assert greedy(tmp_path / "kv", ids, 32) == wanted, text
