@@ -150,7 +150,8 @@ def pairs(bench: Bench, start: int):
 
 
 def few(bench: Bench, start: int):
-    for (target, (single, pair)), shots in itertools.product(TARGETS.items(), SHOTS):
+    targets = [(t, TARGETS[t]) for t in bench.args.targets.split(",")]
+    for (target, (single, pair)), shots in itertools.product(targets, SHOTS):
         for kind in ("random", "single", "sum"):
 
             def work(target=target, single=single, pair=pair, shots=shots, kind=kind):
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--starts", default="0,1,2", help="seeds, of all runs together")
     parser.add_argument("--only", help="the seeds that this process runs; all by default")
     parser.add_argument("--sources", default=",".join(SOURCES))
+    parser.add_argument("--targets", default=",".join(TARGETS), help="of `few`")
     parser.add_argument("--virtual-tokens", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=0.3)

@@ -25,7 +25,10 @@ HEAD = "lm_head.weight"
 def load(directory: Path, name: str) -> Program:
     """The model in `directory`; `name` is what the user typed. Reads headers, but no weight."""
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
-        raise TpvcError(f"{directory} is an adapter; expected its base model, beside which --adapter, --road, --task or --prompt put it")
+        raise TpvcError(
+            f"{directory} is an adapter; expected its base model, beside which --adapter, --road, --task or --prompt"
+            " put it"
+        )
     if not (directory / "config.json").is_file():
         raise TpvcError(f"{directory} has no config.json; expected the directory of a Hugging Face checkpoint")
     config = read_json(directory / "config.json")
