@@ -48,6 +48,11 @@ def is_genai(target: str | Path) -> bool:
     return (Path(target) / "genai_config.json").is_file()
 
 
+def is_package(target: str | Path) -> bool:
+    """Is `target` a package of compiled Triton kernels?"""
+    return (Path(target) / "triton.json").is_file()
+
+
 def genai_facts(folder: Path) -> dict[str, Any]:
     """`model` of the folder's genai_config.json; TpvcError when it is damaged."""
     from tpvc.compiler.frontends.weights import read_json
@@ -82,6 +87,8 @@ def open_engine(target: str, threads: int | None = None, adapter: str | None = N
     """
     if is_genai(target):
         return _genai(Path(target), threads or cores(), adapter, task)
+    if is_package(target):
+        return _package(Path(target), threads or cores(), adapter, task)
     return _interpreter(target, threads or cores(), adapter, task)
 
 
@@ -216,6 +223,71 @@ def _genai_text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]]
         return tokenizer.create_stream().decode
 
     return encode, decoder
+
+
+def _package(folder: Path, threads: int, adapter: str | None, task: str | None) -> Engine:
+    """On the GPU that torch finds, with the package's kernels; without one, their references on the CPU."""
+    import numpy as np
+    import torch
+
+    from tpvc.compiler.backends import triton
+    from tpvc.compiler.backends.triton.engine import Engine as Slots
+    from tpvc.compiler.program import prompt_ids
+
+    torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
+    model = triton.read(folder, "cuda" if gpu else "cpu")
+    slots = Slots(model, 1, triton.capacity_of(folder), triton.launcher_of(folder) if gpu else None)
+    before = prompt_ids(model, task)
+    slots.adapter_id(adapter)  # an unknown one is refused now
+
+    def following(ids: list[int]) -> Iterator[Any]:
+        """Logits after `ids`, then after every token that is sent."""
+        slot, logits = slots.admit(ids, adapter)
+        try:
+            while True:
+                token = yield logits
+                logits = slots.decode(torch.tensor([token], device=model.device))[slot]
+        finally:
+            slots.release(slot)
+
+    def generate(
+        ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stop: bool = True
+    ) -> Iterator[int]:
+        source = torch.Generator().manual_seed(seed)
+        state = following(ids)
+        logits = next(state)
+        for done in range(max_new_tokens):
+            if temperature == 0:
+                token = int(slots.greedy(logits[None])[0])
+            else:
+                token = int(torch.multinomial((logits.cpu() / temperature).softmax(-1), 1, generator=source))
+            if stop and token in model.facts.eos:
+                return state.close()
+            yield token
+            if done + 1 < max_new_tokens:
+                logits = state.send(token)
+        state.close()
+
+    def logits(ids: list[int]) -> Any:
+        state = following(ids[:1])
+        rows = [next(state).cpu().numpy()] + [state.send(token).cpu().numpy() for token in ids[1:]]
+        state.close()
+        return np.stack(rows)
+
+    encode, decoder = transformers_text(auto_tokenizer(folder), str(folder))
+    kind = str(model.dtype).removeprefix("torch.")
+    return Engine(
+        label=f"Triton kernels, {kind}" if gpu else f"references of the Triton kernels, {kind}",
+        vocab_size=model.facts.vocab_size,
+        context_length=slots.capacity,
+        size=(folder / triton.WEIGHTS).stat().st_size,
+        before=before,
+        encode=lambda prompt: [*before, *encode(prompt)],
+        generate=generate,
+        decoder=decoder,
+        logits=logits,
+    )
 
 
 def _interpreter(target: str, threads: int, adapter: str | None, task: str | None) -> Engine:

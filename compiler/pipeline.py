@@ -25,6 +25,7 @@ from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, prompt_
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
+from tpvc.kernels.targets import parse
 from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_grid
@@ -146,13 +147,15 @@ def export(
     prompts: Mapping[str, str | Path] | None = None,
     task: str | None = None,
     form: str = "kv",
+    targets: str = "",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Write `artefact` (or any MODEL, in float) for a runtime.
 
     to              "onnx": a folder that stock ONNX Runtime GenAI runs; "vllm": the same checkpoint with zero points
-                    and a tied head laid out as vLLM expects, which transformers cannot read
+                    and a tied head laid out as vLLM expects, which transformers cannot read; "triton": a package of
+                    kernels compiled for `targets`, such as "cuda:80,cuda:90,hip:gfx942"
     accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
     portable        also write a twin in standard ONNX operators
     roads           {name: PEFT directory} of RoAd adapters to be carried along, for a model that has none yet
@@ -160,10 +163,14 @@ def export(
     task, form      one of the prompts to be folded in, so that the caller feeds text alone: see tpvc.passes.fold_prompt
     """
     out = Path(out)
-    if to not in ("onnx", "vllm"):
-        raise TpvcError(f"export target is '{to}'; expected onnx or vllm")
+    if to not in ("onnx", "vllm", "triton"):
+        raise TpvcError(f"export target is '{to}'; expected onnx, vllm or triton")
+    if (to == "triton") != bool(targets):
+        raise TpvcError(f"found '{targets}' as --target of a {to} folder; triton takes GPUs by name, others none")
     if portable and to != "onnx":
         raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
+    if to == "triton":
+        parse(targets)  # an unknown one is refused before anything is read
     if task is not None and to != "onnx":
         raise TpvcError(f"a prompt was to be folded into a {to} folder; only onnx has a graph that can hold it")
     for given in (artefact, *(roads or {}).values(), *(prompts or {}).values()):
@@ -193,18 +200,28 @@ def export(
         folder = work / ARTEFACT
         if to == "vllm":
             huggingface.emit(program, folder, tokenizer, manifest, runtime="vllm")
+        elif to == "triton":
+            from tpvc.compiler.backends import triton
+
+            dtype = torch.bfloat16 if scale_dtype(program) == torch.bfloat16 else torch.float16
+            triton.emit(program, folder, tokenizer, parse(targets), dtype, progress=progress)
+            manifest["options"] |= {"targets": targets}
+            _write_manifest(folder, manifest, "torch", "triton")
         else:
             from tpvc.compiler.backends import onnx
 
             onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
             manifest["options"] |= {"portable": portable, "accuracy_level": accuracy_level}
-            manifest["files"] = {
-                p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
-            }
-            manifest["versions"] = versions("onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            _write_manifest(folder, manifest, "onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
     progress("export", 1, 1, str(out))
     return out
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any], *packages: str) -> None:
+    """tpvc.json of an exported folder, with the hashes of all its files."""
+    manifest["files"] = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest["versions"] = versions(*packages)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 Adapting = BankPrompt | BankRoad | FoldRoad

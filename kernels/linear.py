@@ -115,9 +115,12 @@ def linear_reference(
 ) -> Tensor:
     """The same in torch."""
     check(x, weight, bias, bank, ids)
-    y = x.float() @ dequantise(weight, x.dtype).float().T
-    if bias is not None:
-        y = y + bias.float()
+    return of_dense(x, dequantise(weight, x.dtype).float(), bias, bank, ids)
+
+
+def of_dense(x: Tensor, weight: Tensor, bias: Tensor | None, bank: Bank | None, ids: Tensor | None) -> Tensor:
+    """The reference for a float32 weight [out, in] that was rounded to x's dtype: float32 sums, rounded at the end."""
+    y = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
     return (y if bank is None else turned(y, bank, ids)).to(x.dtype)
 
 

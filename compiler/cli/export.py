@@ -21,6 +21,7 @@ Examples:
   tpvc export smollm2-w4 --to onnx -o tasks --road a=./a --road b=./b
   tpvc export smollm2-w4 --to onnx -o tasks --prompt a=./a --prompt b=./b
   tpvc export smollm2-w4 --to onnx -o only-a --prompt a=./a --task a
+  tpvc export smollm2-w4 --to triton --target cuda:80,cuda:90 -o smollm2-gpu
 
 \b
 An onnx folder runs in stock ONNX Runtime GenAI (MatMulNBits, GroupQueryAttention, a shared
@@ -34,13 +35,22 @@ any client of GenAI, feeds them before the text, each row its own. With --task o
 keys and values in the graph: it costs no prefill, and callers feed text alone.
 
 \b
+A triton package holds the steps, one packed copy of the weights, and machine code for the named
+GPUs, compiled here without any; what runs it needs neither Triton nor a compiler. Without a GPU
+`tpvc run` computes its kernels' references.
+
+\b
 A vllm folder holds the same integers as the artefact, with asymmetric zero points packed and a
 tied head untied, as vLLM's loader expects and transformers refuses.
 """,
 )
 @click.argument("artefact")
 @click.option(
-    "--to", type=click.Choice(["onnx", "vllm"]), default="onnx", show_default=True, help="The runtime's format."
+    "--to",
+    type=click.Choice(["onnx", "vllm", "triton"]),
+    default="onnx",
+    show_default=True,
+    help="The runtime's format.",
 )
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--portable", is_flag=True, help="Add portable/: standard ONNX operators only, for other runtimes.")
@@ -63,6 +73,13 @@ tied head untied, as vLLM's loader expects and transformers refuses.
     show_default=True,
     help="Of a folded prompt: its keys and values, or the prompt itself (portable graph only).",
 )
+@click.option(
+    "--target",
+    "targets",
+    metavar="GPUS",
+    default="",
+    help="Of a triton package: the GPUs to compile for, as in cuda:80,cuda:90,hip:gfx942.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(
@@ -75,6 +92,7 @@ def command(
     prompt: tuple[str, ...],
     task: str | None,
     form: str,
+    targets: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -96,6 +114,7 @@ def command(
                 prompts=named_directories("--prompt", prompt),
                 task=task,
                 form=form,
+                targets=targets,
                 overwrite=overwrite,
                 progress=bars,
             )
@@ -105,7 +124,11 @@ def command(
         return console.print_json({"directory": str(out), "seconds": took, "files": files})
     show = console.out().print
     show(f"[bold]{out}[/] written in {units.seconds(took)}")
+    binaries = {name: count for name, count in files.items() if name.startswith("kernels/")}
     for name, count in files.items():
-        show(f"  {units.size(count):>9}  {name}")
-    if to == "onnx":
+        if name not in binaries:
+            show(f"  {units.size(count):>9}  {name}")
+    if binaries:
+        show(f"  {units.size(sum(binaries.values())):>9}  kernels/: {len(binaries) - 1} binaries and their manifest")
+    if to in ("onnx", "triton"):
         show(f"  next: {console.run_command(out)}    or    tpvc bench {out} {artefact}")

@@ -14,14 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.backends.triton.steps import Step, steps
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Facts, Program, QTensor, dense, prompt_ids, read
 from tpvc.kernels import activation, attention, linear, norm, rope_cache, sampling
 from tpvc.kernels.launch import Run
 from tpvc.kernels.rope_cache import Cache, Rotary, rotary
-from tpvc.kernels.slab import Slabs, columns, pack
+from tpvc.kernels.slab import Slabs, columns, dequantise, pack
+
+CHUNKS = (16, 128)
+"""A prompt is computed in pieces of these many tokens, the last one filled up, so that few shapes of kernels do."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A soft prompt that the model carries: its rows are a parameter of the step `virtual_tokens`."""
+
+    name: str
+    tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +45,7 @@ class Model:
     params: Mapping[str, Tensor | Slabs]
     facts: Facts
     adapters: tuple[str, ...]
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Task, ...]
     dtype: torch.dtype
     device: str
 
@@ -50,8 +60,8 @@ def model_of(program: Program, dtype: torch.dtype = torch.float32, device: str =
                 params[name] = params.get(name) or _moved(pack(value), device)
             else:
                 params[name] = dense(program.params[name]).to(device, dtype)
-    names = tuple(a.name for a in program.adapters)
-    return Model(planned, params, program.facts, names, program.prompts, dtype, device)
+    names, tasks = tuple(a.name for a in program.adapters), tuple(Task(p.name, p.tokens) for p in program.prompts)
+    return Model(planned, params, program.facts, names, tasks, dtype, device)
 
 
 def _moved(slabs: Slabs, device: str) -> Slabs:
@@ -84,6 +94,7 @@ class Engine:
     free: list[int] = field(init=False)
     caches: list[Cache] = field(init=False)
     tables: dict[str, Rotary] = field(init=False, default_factory=dict)
+    floats: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         model = self.model
@@ -109,17 +120,22 @@ class Engine:
         its prompt do not fit.
         """
         before = prompt_ids(self.model, task)
-        chosen = self._adapter_id(adapter)
+        chosen = self.adapter_id(adapter)
         if not self.free:
             raise TpvcError(f"all {self.slots} slots are in use; release one, or make an engine with more")
         if not 0 < len(before) + len(ids) <= self.capacity:
             raise TpvcError(f"the prompt has {len(before) + len(ids)} tokens; expected 1 to {self.capacity}")
-        slot = self.free.pop()
-        tokens = torch.tensor([[*before, *ids]], device=self.model.device)
+        slot, rest = self.free.pop(), [*before, *ids]
         self.lengths[slot], self.adapters[slot] = 0, chosen
-        return slot, self._forward(tokens, slice(slot, slot + 1))[0]
+        while rest:
+            size = next((c for c in CHUNKS if c >= len(rest)), CHUNKS[-1])
+            part, rest = rest[:size], rest[size:]
+            tokens = torch.tensor([part + [0] * (size - len(part))], device=self.model.device)
+            logits = self._forward(tokens, slice(slot, slot + 1), len(part))
+        return slot, logits[0]
 
-    def _adapter_id(self, name: str | None) -> int:
+    def adapter_id(self, name: str | None) -> int:
+        """The id of the adapter called `name`, -1 for None. TpvcError for one that the model does not have."""
         if name is not None and name not in self.model.adapters:
             known = f"it has {', '.join(self.model.adapters)}" if self.model.adapters else "it has none"
             raise TpvcError(f"the model has no adapter '{name}'; {known}")
@@ -130,7 +146,7 @@ class Engine:
         used = [slot for slot in range(self.slots) if slot not in self.free]
         if any(int(self.lengths[slot]) >= self.capacity for slot in used):
             raise TpvcError(f"a slot is full: it holds {self.capacity} tokens; release it")
-        found = self._forward(tokens[:, None], slice(0, self.slots))
+        found = self._forward(tokens[:, None], slice(0, self.slots), 1)
         self.lengths[self.free] = 0
         return found
 
@@ -144,12 +160,20 @@ class Engine:
         """The likeliest token of every row, int64 [B]."""
         return sampling.greedy_reference(logits) if self.run is None else sampling.greedy(logits, run=self.run)
 
+    def dense(self, name: str) -> Tensor:
+        """A matrix as the kernels multiply with it, in float32, kept for the next time: for references alone."""
+        if name not in self.floats:
+            value = self.model.params[name]
+            self.floats[name] = (dequantise(value, self.model.dtype) if isinstance(value, Slabs) else value).float()
+        return self.floats[name]
+
     @torch.no_grad()
-    def _forward(self, ids: Tensor, rows: slice) -> Tensor:
-        """Logits [B, vocab] after the last of the new tokens of some slots."""
+    def _forward(self, ids: Tensor, rows: slice, real: int) -> Tensor:
+        """Logits [B, vocab] after the last of the `real` new tokens of some slots; the others fill up."""
         start = self.lengths[rows].clone()
-        lengths = start + ids.shape[1]
+        lengths = start + real
         positions = start[:, None] + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+        positions = positions.clamp(max=self.capacity - 1)
         caches = [Cache(c.key[rows], c.value[rows]) for c in self.caches]
         batch = Batch(ids, start, lengths, positions, self.adapters[rows], caches)
         values = {"input_ids": ids, "positions": positions}
@@ -157,7 +181,7 @@ class Engine:
         for index, step in enumerate(self.model.steps):
             given = [values[v] for v in step.inputs if v in values]
             if index == head:
-                given = [given[0].unflatten(0, (len(ids), -1))[:, -1].contiguous()]
+                given = [given[0].unflatten(0, (len(ids), -1))[:, real - 1].contiguous()]
             found = STEPS[step.op](self, step, batch, *given)
             values.update(zip(step.outputs, found if isinstance(found, tuple) else (found,), strict=False))
         self.lengths[rows] = lengths
@@ -185,9 +209,9 @@ def _linear(engine: Engine, step: Step, batch: Batch, x: Tensor) -> Tensor:
         ids = own[batch.adapters.long()].repeat_interleave(len(x) // len(batch.adapters))
         bank = linear.Bank(params["cosine"], params["sine"], step.attrs["group"])
     x = x.contiguous()
+    if engine.run is None:
+        return linear.of_dense(x, engine.dense(step.params["weight"]), bias, bank, ids)
     if isinstance(weight, Slabs):
-        if engine.run is None:
-            return linear.linear_reference(x, weight, bias, bank, ids)
         return linear.linear(x, weight, bias, bank, ids, run=engine.run)
     y = F.linear(x, weight, bias)
     return y if bank is None else linear.turned(y, bank, ids)

@@ -1,0 +1,89 @@
+"""A package for GPUs, built without one: what lies in it, that it runs through the references, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from tpvc.compiler import frontends
+from tpvc.compiler.backends import triton
+from tpvc.compiler.backends.triton.engine import Engine, model_of
+from tpvc.kernels import package
+
+TEXT = "The quick brown"
+
+
+@pytest.fixture(scope="module")
+def packaged(ok, artefact, write_adapter, tmp_path_factory):
+    """The W4 artefact with an adapter, for one GPU."""
+    folder = tmp_path_factory.mktemp("packages")
+    write_adapter(artefact, folder / "own")
+    given = ("--to", "triton", "--target", "cuda:80", "--road", f"own={folder / 'own'}")
+    told = ok("export", artefact, "-o", folder / "gpu", *given)
+    return folder / "gpu", folder / "own", told
+
+
+def test_what_lies_in_it(packaged):
+    folder, _, told = packaged
+    assert {"triton.json", "model.safetensors", "tpvc.json", "tokenizer.json"} <= set(told["files"])
+    kernels = package.read(folder / "kernels")
+    assert kernels.targets == ("cuda:80", "ptx:80")
+    bodies = {e.kernel for e in kernels.entries}
+    assert {"linear:slab_product", "attention:attend", "norm:normalise", "rope_cache:turn_and_write"} <= bodies
+    manifest = json.loads((folder / "tpvc.json").read_text())
+    assert manifest["files"].keys() == set(told["files"]) - {"tpvc.json"}
+    assert [a["name"] for a in manifest["adapters"]] == ["own"]
+
+
+def test_it_is_read_as_it_was_made(packaged, artefact):
+    folder, own, _ = packaged
+    made = model_of(frontends.with_roads(frontends.load(artefact), {"own": own}), torch.float16)
+    read = triton.read(folder)
+    assert read.facts == made.facts and read.adapters == made.adapters and read.dtype == made.dtype
+    engines = [Engine(m, 2, 24) for m in (made, read)]
+    for ids, adapter in (([5, 9, 33], "own"), ([7], None)):
+        logits = [e.admit(ids, adapter)[1] for e in engines]
+        assert torch.equal(*logits)
+
+
+def test_it_runs_without_a_gpu(packaged, ok, refused):
+    folder, _, _ = packaged
+    engine = Engine(triton.read(folder), 1, 64)
+    for name in ("own", None):
+        slot, logits = engine.admit(ids_of(folder), name)
+        expected = []
+        for _ in range(6):
+            token = int(logits.argmax())
+            expected.append(token)
+            logits = engine.decode(torch.tensor([token]))[slot]
+        engine.release(slot)
+        given = () if name is None else ("--adapter", name)
+        told = ok("run", folder, TEXT, "--raw", "--max-new-tokens", 6, *given)
+        assert told["engine"] == "references of the Triton kernels, float16"
+        assert told["tokens"] == expected[: len(told["tokens"])]
+    assert "no adapter 'x'; it has own" in refused("run", folder, TEXT, "--adapter", "x")
+
+
+def ids_of(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+
+
+def test_what_is_refused(packaged, refused, artefact, tmp_path):
+    export = ("export", artefact, "-o", tmp_path / "out", "--to", "triton")
+    assert "triton takes GPUs by name" in refused(*export)
+    assert "sm_90" in refused(*export, "--target", "sm_90")
+    assert "others none" in refused("export", artefact, "-o", tmp_path / "out", "--target", "cuda:90")
+    assert not list(tmp_path.iterdir())
+    folder = packaged[0]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        if file.is_file():
+            (broken / file.name).write_bytes(file.read_bytes())
+    whole = (folder / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "not a complete safetensors file" in refused("run", broken, TEXT)
+    (broken / "triton.json").write_text('{"format": 7}')
+    assert "has format 7" in refused("run", broken, TEXT)
