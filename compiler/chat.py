@@ -237,7 +237,9 @@ def _package(folder: Path, threads: int, adapter: str | None, task: str | None) 
     torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
     model = triton.read(folder, "cuda" if gpu else "cpu")
-    slots = Slots(model, 1, triton.capacity_of(folder), triton.launcher_of(folder) if gpu else None)
+    run = triton.launcher_of(folder) if gpu else None
+    tiles = triton.tiles_of(folder, model, run) if gpu else {}
+    slots = Slots(model, 1, triton.capacity_of(folder), run, tiles)
     before = prompt_ids(model, task)
     slots.adapter_id(adapter)  # an unknown one is refused now
 

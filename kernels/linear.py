@@ -71,6 +71,13 @@ def configs(rows: int, slabs: Slabs, group: int | None) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def sort(weight: Slabs, bias: Tensor | None, bank: Bank | None) -> str:
+    """What linears must share to be launched alike: sizes, bits, groups, and what their epilogues do."""
+    sizes = {"in": weight.depth, "out": weight.width, "bits": weight.bits, "group": weight.group}
+    flags = {"zero": weight.zero is not None, "bias": bias is not None, "turn": 0 if bank is None else bank.group}
+    return " ".join(f"{key} {int(value)}" for key, value in (sizes | flags).items())
+
+
 def linear(
     x: Tensor,
     weight: Slabs,

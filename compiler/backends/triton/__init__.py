@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tpvc.compiler.backends.triton.engine import CHUNKS, Engine, Model, Task, model_of
+from tpvc.compiler.backends.triton.engine import CHUNKS, Engine, Model, Task, Tiles, model_of
 from tpvc.compiler.backends.triton.steps import Step
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json, stored_in
@@ -32,6 +32,8 @@ from tpvc.kernels.targets import Target
 FILE, WEIGHTS, KERNELS, FORMAT = "triton.json", "model.safetensors", "kernels", 1
 SLOTS = (1, 2, 4, 8, 16, 32)
 """Texts at a time for which kernels are built."""
+ROWS = tuple(sorted({*SLOTS, *CHUNKS}))
+"""Rows that a linear may have: a token of every slot, or a piece of one prompt."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -120,6 +122,24 @@ def launcher_of(directory: Path) -> Run:
     return driver.launcher(package.read(directory / KERNELS), driver.open_device(api), stream)
 
 
+def tiles_of(directory: Path, model: Model, run: Run, progress: Progress = silent) -> Tiles:
+    """The package's quickest tiles on torch's GPU, measured at the first start."""
+    from tpvc.compiler.backends.triton import tiles
+    from tpvc.kernels import package
+
+    def clock(work: Callable[[], None]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(20):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 20e3
+
+    path = tiles.file_of(directory / KERNELS / package.MANIFEST, torch.cuda.get_device_name())
+    return tiles.kept(path, lambda: tiles.chosen(model, linears_of(model), ROWS, run, clock, progress))
+
+
 def capacity_of(directory: Path) -> int:
     """Tokens of a text for which the package's kernels were built."""
     return read_json(directory / FILE)["capacity"]
@@ -142,13 +162,14 @@ def candidates(model: Model, capacity: int) -> dict[str, list[tuple[Any, ...]]]:
             if not launch.kernel.startswith("linear:"):
                 digest = hashlib.sha256(variant_of(launch).key().encode()).hexdigest()
                 add(f"{launch.kernel} {digest[:12]}", [launch])
-    for kind, rows, weight, bias, bank in _linears(model):
-        x = torch.zeros(rows, weight.depth, dtype=model.dtype)
-        ids = None if bank is None else torch.zeros(rows, dtype=torch.int32)
-        for config in linear.configs(rows, weight, None if bank is None else bank.group):
-            launches: list[Launch] = []
-            linear.linear(x, weight, bias, bank, ids, config=config, run=launches.append)
-            add(f"linear {kind} rows {rows}", launches)
+    for sort, (weight, bias, bank) in linears_of(model).items():
+        for rows in ROWS:
+            x = torch.zeros(rows, weight.depth, dtype=model.dtype)
+            ids = None if bank is None else torch.zeros(rows, dtype=torch.int32)
+            for config in linear.configs(rows, weight, None if bank is None else bank.group):
+                launches: list[Launch] = []
+                linear.linear(x, weight, bias, bank, ids, config=config, run=launches.append)
+                add(f"linear {sort} rows {rows}", launches)
     return found
 
 
@@ -167,22 +188,14 @@ def _asked(model: Model, capacity: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def _linears(model: Model) -> Iterator[tuple[str, int, Slabs, Any, Any]]:
-    """(kind, rows, weight, bias, bank) of every sort of linear at every number of rows."""
-    seen = set()
+def linears_of(model: Model) -> dict[str, tuple[Slabs, Any, Any]]:
+    """One (weight, bias, bank) of every sort of integer linear."""
+    found = {}
     for step in model.steps:
         weight = model.params[step.params["weight"]] if step.op == "linear" else None
-        if not isinstance(weight, Slabs):
-            continue
-        params = {role: model.params[name] for role, name in step.params.items()}
-        bank = None
-        if "cosine" in params:
-            bank = linear.Bank(params["cosine"], params["sine"], step.attrs["group"])
-        sizes = {"in": weight.depth, "out": weight.width, "bits": weight.bits, "group": weight.group}
-        flags = {"zero": weight.zero is not None, "bias": "bias" in params, "turn": bank.group if bank else 0}
-        kind = " ".join(f"{k} {v}" for k, v in (sizes | flags).items())
-        if kind in seen:
-            continue
-        seen.add(kind)
-        for rows in sorted({*SLOTS, *CHUNKS}):
-            yield kind, rows, weight, params.get("bias"), bank
+        if isinstance(weight, Slabs):
+            params = {role: model.params[name] for role, name in step.params.items()}
+            turns = "cosine" in params
+            bank = linear.Bank(params["cosine"], params["sine"], step.attrs["group"]) if turns else None
+            found.setdefault(linear.sort(weight, params.get("bias"), bank), (weight, params.get("bias"), bank))
+    return found

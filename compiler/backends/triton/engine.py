@@ -26,6 +26,10 @@ CHUNKS = (16, 128)
 """A prompt is computed in pieces of these many tokens, the last one filled up, so that few shapes of kernels do."""
 
 
+Tiles = Mapping[tuple[str, int], linear.Config]
+"""(sort of linear, rows) -> its tiles; what is not there takes the first of `linear.configs`."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A soft prompt that the model carries: its rows are a parameter of the step `virtual_tokens`."""
@@ -83,12 +87,14 @@ class Batch:
 
 @dataclass(eq=False)
 class Engine:
-    """slots  texts at a time; capacity: tokens of each; run: how kernels are launched, None for their references."""
+    """slots  texts at a time; capacity: tokens of each; run: how kernels are launched, None for their references;
+    tiles: those of the linears, by measurement (`tiles.py`)"""
 
     model: Model
     slots: int = 1
     capacity: int = 0
     run: Run | None = None
+    tiles: Tiles = field(default_factory=dict)
     lengths: Tensor = field(init=False)
     adapters: Tensor = field(init=False)
     free: list[int] = field(init=False)
@@ -212,7 +218,8 @@ def _linear(engine: Engine, step: Step, batch: Batch, x: Tensor) -> Tensor:
     if engine.run is None:
         return linear.of_dense(x, engine.dense(step.params["weight"]), bias, bank, ids)
     if isinstance(weight, Slabs):
-        return linear.linear(x, weight, bias, bank, ids, run=engine.run)
+        config = engine.tiles.get((linear.sort(weight, bias, bank), len(x)))
+        return linear.linear(x, weight, bias, bank, ids, config=config, run=engine.run)
     y = F.linear(x, weight, bias)
     return y if bank is None else linear.turned(y, bank, ids)
 

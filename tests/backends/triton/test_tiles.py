@@ -1,0 +1,73 @@
+"""The quickest tiles win, what cannot run is passed over, and the answer is measured once."""
+
+import pytest
+import torch
+
+from tpvc.compiler.backends.triton import linears_of, tiles
+from tpvc.compiler.backends.triton.engine import Engine, model_of
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends import load
+from tpvc.compiler.program import Grid, dense, linears
+from tpvc.kernels import linear
+from tpvc.passes.round_to_nearest import quantize as to_nearest
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    program = load(tiny_llama)
+    names = [n.params["weight"] for n in linears(program.nodes)]
+    grid = Grid(4, 32, False)
+    return model_of(program.with_params({n: to_nearest(dense(program.params[n]), grid, torch.float32) for n in names}))
+
+
+def test_the_quickest_that_runs_is_taken(model):
+    launches = []
+
+    def run(launch):
+        if launch.constants["BLOCK_N"] == 256:
+            raise TpvcError("the package has no such binary")
+        launches.append(launch)
+
+    def clock(work):
+        launches.clear()
+        work()
+        return 1 / launches[0].constants["BLOCK_N"]  # wider is quicker here
+
+    sorts = linears_of(model)
+    assert all(sort == linear.sort(*given) for sort, given in sorts.items())
+    found = tiles.chosen(model, sorts, (1, 16), run, clock)
+    assert found.keys() == {(s, n) for s in sorts for n in (1, 16)}
+    assert {config.block_n for config in found.values()} == {128}
+
+    def nothing(launch):
+        raise TpvcError("the package has no such binary")
+
+    with pytest.raises(TpvcError, match="no such binary"):
+        tiles.chosen(model, sorts, (1,), nothing, clock)
+
+    asked = []
+    engine = Engine(model, 1, 16, run=asked.append, tiles=found)
+    engine.admit([1, 2, 3])
+    products = [launch for launch in asked if launch.kernel == "linear:slab_product"]
+    assert products and all(launch.constants["BLOCK_N"] == 128 for launch in products)
+
+
+def test_it_is_measured_once_and_a_damaged_answer_again(tmp_path):
+    found, calls = {("in 4", 1): linear.Config(1, 64, 2, 4, 2)}, []
+
+    def measure():
+        calls.append(1)
+        return found
+
+    path = tmp_path / "deep" / "tiles.json"
+    assert tiles.kept(path, measure) == tiles.kept(path, measure) == found and len(calls) == 1
+    path.write_text("{")
+    assert tiles.kept(path, measure) == found and len(calls) == 2
+    assert [p.name for p in path.parent.iterdir()] == ["tiles.json"]
+
+
+def test_another_package_or_device_has_its_own_answer(tmp_path):
+    (tmp_path / "a.json").write_text("a")
+    (tmp_path / "b.json").write_text("b")
+    names = {tiles.file_of(tmp_path / f, d) for f in ("a.json", "b.json") for d in ("H100", "H200")}
+    assert len(names) == 4
