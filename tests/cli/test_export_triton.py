@@ -15,11 +15,14 @@ TEXT = "The quick brown"
 
 @pytest.fixture(scope="module")
 def packaged(ok, artefact, write_adapter, tmp_path_factory):
-    """The W4 artefact with an adapter, for one GPU."""
+    """The W4 artefact with an adapter, for one GPU and fewer slots than otherwise, which is quicker."""
     folder = tmp_path_factory.mktemp("packages")
     write_adapter(artefact, folder / "own")
     given = ("--to", "triton", "--target", "cuda:80", "--road", f"own={folder / 'own'}")
-    told = ok("export", artefact, "-o", folder / "gpu", *given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "SLOTS", (1, 2))
+        patch.setattr(triton, "ROWS", (1, 2, 16, 128))
+        told = ok("export", artefact, "-o", folder / "gpu", *given)
     return folder / "gpu", folder / "own", told
 
 
