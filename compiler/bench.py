@@ -56,9 +56,11 @@ def bench(
     new_tokens: int = 64,
     runs: int = 5,
     threads: int | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Measure `targets` side by side; `threads` is the number each runtime may use, all cores by default.
+    """Measure `targets` side by side; `threads` is the number each runtime may use, all cores by default;
+    device: where packages run.
 
     TpvcError when a target cannot be loaded or its context is too short.
     """
@@ -69,7 +71,7 @@ def bench(
     with contextlib.ExitStack() as stack:
         for i, target in enumerate(targets):
             tell("load", i, len(targets), target)
-            workers.append(stack.enter_context(_Worker(target, threads or cores(), prompt_tokens, new_tokens)))
+            workers.append(stack.enter_context(_Worker(target, threads or cores(), prompt_tokens, new_tokens, device)))
         tell("load", len(targets), len(targets), "")
         done, total = 0, runs * len(workers)
         for _ in range(runs):
@@ -84,12 +86,13 @@ def bench(
 class _Worker:
     """A child process that has loaded one target and measures a run whenever it is asked to."""
 
-    def __init__(self, target: str, threads: int, prompt_tokens: int, new_tokens: int):
+    def __init__(self, target: str, threads: int, prompt_tokens: int, new_tokens: int, device: str):
         self.target = target
         self.times: list[tuple[float, float]] = []
         self.peak = 0
         # -P: a folder in the working directory must not shadow an installed package.
-        command = [sys.executable, "-P", "-m", "tpvc.compiler.bench", target, threads, prompt_tokens, new_tokens]
+        given = [target, device, threads, prompt_tokens, new_tokens]
+        command = [sys.executable, "-P", "-m", "tpvc.compiler.bench", *given]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.PIPE,
@@ -176,7 +179,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _work(target: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
+def _work(target: str, device: str, threads: int, prompt_tokens: int, new_tokens: int) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
 
@@ -185,7 +188,7 @@ def _work(target: str, threads: int, prompt_tokens: int, new_tokens: int) -> Non
 
     try:
         start = time.perf_counter()
-        engine = open_engine(target, threads)
+        engine = open_engine(target, threads, device=device)
         load = time.perf_counter() - start
         if prompt_tokens + new_tokens > engine.context_length:
             raise TpvcError(
@@ -237,4 +240,4 @@ def chart(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], *map(int, sys.argv[2:]))
+    _work(*sys.argv[1:3], *map(int, sys.argv[3:]))

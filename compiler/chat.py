@@ -19,6 +19,9 @@ Prompt = str | list[dict[str, str]]
 """Raw text, or chat messages [{"role": ..., "content": ...}] that go through the model's chat template."""
 
 
+DEVICES = ("auto", "cpu", "cuda", "hip")
+
+
 @dataclass(frozen=True, eq=False)
 class Engine:
     """A model that is loaded and can write.
@@ -77,30 +80,41 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_engine(target: str, threads: int | None = None, adapter: str | None = None, task: str | None = None) -> Engine:
-    """Load `target`: a GenAI folder, or whatever `tpvc.load` takes; with one of its adapters, or as the base model.
+def open_engine(
+    target: str,
+    threads: int | None = None,
+    adapter: str | None = None,
+    task: str | None = None,
+    device: str = "auto",
+) -> Engine:
+    """Load `target`: an exported folder, or whatever `tpvc.load` takes; with one of its adapters, or as the base model.
 
-    `adapter` and `task` are names, or, except for a GenAI folder, directories in PEFT's format: of a RoAd adapter, and
-    of a soft prompt, whose virtual tokens are then put before whatever `encode` is given.
+    `adapter` and `task` are names, or, except for exported folders, directories in PEFT's format: of a RoAd adapter,
+    and of a soft prompt, whose virtual tokens are then put before whatever `encode` is given (a package has their keys
+    and values instead). device: where a package runs, one of DEVICES; "auto" is the first GPU, or the CPU without one.
 
     TpvcError when it cannot be loaded, and for an adapter or a task that it does not have.
     """
+    if device not in DEVICES:
+        raise TpvcError(f"device '{device}' was asked for; expected one of {', '.join(DEVICES)}")
+    if is_package(target):
+        return _package(Path(target), threads or cores(), adapter, task, device)
+    if device not in ("auto", "cpu"):
+        raise TpvcError(
+            f"{target} was to run on {device}; only packages of tpvc export --to triton do, this one runs on the CPU"
+        )
     if is_genai(target):
         return _genai(Path(target), threads or cores(), adapter, task)
-    if is_package(target):
-        return _package(Path(target), threads or cores(), adapter, task)
     return _interpreter(target, threads or cores(), adapter, task)
 
 
-def room(engine: Engine, ids: list[int], wanted: int) -> int:
-    """How many of `wanted` new tokens fit behind `ids`; TpvcError when none does."""
-    free = engine.context_length - len(ids)
+def room(context: int, ids: list[int], wanted: int) -> int:
+    """How many of `wanted` new tokens fit behind `ids` in so many tokens of context; TpvcError when none does."""
+    free = context - len(ids)
     if not ids:
         raise TpvcError("the prompt is empty: expected at least one token")
     if free < 1:
-        raise TpvcError(
-            f"the prompt has {len(ids)} tokens, the model's context holds {engine.context_length}; shorten the prompt"
-        )
+        raise TpvcError(f"the prompt has {len(ids)} tokens, the model's context holds {context}; shorten the prompt")
     return min(wanted, free)
 
 
@@ -113,18 +127,36 @@ def adapter_file(folder: Path, name: str) -> Path:
     return found[name]
 
 
-def virtual_ids(folder: Path, task: str | None) -> list[int]:
-    """Ids of the virtual tokens of a task of a GenAI folder; none for None. TpvcError for one that it does not have."""
+def carried_prompts(folder: Path) -> dict[str, list[int]]:
+    """{task: ids of its virtual tokens} of a GenAI folder; of a prompt that was folded into its graph, no ids."""
     from tpvc.compiler.frontends.weights import read_json
 
     path, found = folder / MANIFEST, {}
-    match read_json(path) if path.is_file() else {}:
-        case {"prompts": [*listed]}:
-            found = {p["name"]: list(range(p["first_id"], p["first_id"] + p["tokens"])) for p in listed}
-    if task is not None and task not in found:
-        known = f"it has {', '.join(found)}" if found else "it has none"
-        raise TpvcError(f"the model has no task '{task}'; {known}")
-    return [] if task is None else found[task]
+    manifest = read_json(path) if path.is_file() else {}
+    match manifest:
+        case {"folded": {"name": str(name)}}:
+            found[name] = []
+    listed = manifest.get("prompts", [])
+    for prompt in listed if isinstance(listed, list) else [listed]:
+        match prompt:
+            case {"name": str(name), "first_id": int(first), "tokens": int(tokens)}:
+                found[name] = list(range(first, first + tokens))
+            case _:
+                raise TpvcError(f"{path} lists a prompt without its name, ids and length; export the model again")
+    return found
+
+
+def virtual_ids(folder: Path, task: str | None) -> list[int]:
+    """Ids of the virtual tokens of a task of a GenAI folder; none for None. TpvcError for one that it does not have."""
+    if task is None:
+        return []
+    found = carried_prompts(folder)
+    if found.get(task) == []:
+        raise TpvcError(f"the prompt '{task}' is folded into this folder's graph, before every text; leave --task out")
+    if task not in found:
+        names = ", ".join(name for name, ids in found.items() if ids)
+        raise TpvcError(f"the model has no task '{task}'; it has {names or 'none'}")
+    return found[task]
 
 
 def _genai(folder: Path, threads: int, adapter: str | None, task: str | None) -> Engine:
@@ -225,31 +257,34 @@ def _genai_text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]]
     return encode, decoder
 
 
-def _package(folder: Path, threads: int, adapter: str | None, task: str | None) -> Engine:
-    """On the GPU that torch finds, with the package's kernels; without one, their references on the CPU."""
+def _package(folder: Path, threads: int, adapter: str | None, task: str | None, device: str) -> Engine:
+    """On a GPU, with the package's kernels; on a CPU, with their references."""
     import numpy as np
     import torch
 
     from tpvc.compiler.backends import triton
+    from tpvc.compiler.backends.triton.engine import Draw
     from tpvc.compiler.backends.triton.engine import Engine as Slots
-    from tpvc.compiler.program import prompt_ids
+    from tpvc.compiler.backends.triton.model import adapter_id, task_id
+    from tpvc.compiler.backends.triton.on_torch import OnTorch
+    from tpvc.kernels.driver import present
 
     torch.set_num_threads(threads)
-    gpu = torch.cuda.is_available()
-    model = triton.read(folder, "cuda" if gpu else "cpu")
-    run = triton.launcher_of(folder) if gpu else None
-    tiles = triton.tiles_of(folder, model, run) if gpu else {}
-    slots = Slots(model, 1, triton.capacity_of(folder), run, tiles)
-    before = prompt_ids(model, task)
-    slots.adapter_id(adapter)  # an unknown one is refused now
+    backend = present() if device == "auto" else None if device == "cpu" else device
+    if backend is None:
+        compute = OnTorch(triton.read(folder), 1, triton.capacity_of(folder))
+    else:
+        compute = triton.on_gpu(folder, backend)
+    model, slots = compute.model, Slots(compute)
+    adapter_id(model, adapter), task_id(model, task)  # unknown ones are refused now
 
-    def following(ids: list[int]) -> Iterator[Any]:
-        """Logits after `ids`, then after every token that is sent."""
-        slot, logits = slots.admit(ids, adapter)
+    def following(ids: list[int], want: str, draws: Iterator[Draw]) -> Iterator[Any]:
+        """What is wanted after `ids`, then after every token that is sent."""
+        slot, found = slots.admit(ids, adapter, task, want, next(draws))
         try:
             while True:
-                token = yield logits
-                logits = slots.decode(torch.tensor([token], device=model.device))[slot]
+                token = yield found
+                found = slots.decode([slot], [token], want, [next(draws)])[0]
         finally:
             slots.release(slot)
 
@@ -257,35 +292,32 @@ def _package(folder: Path, threads: int, adapter: str | None, task: str | None) 
         ids: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stop: bool = True
     ) -> Iterator[int]:
         source = torch.Generator().manual_seed(seed)
-        state = following(ids)
-        logits = next(state)
+        draws = iter(lambda: Draw(temperature, 1.0, float(torch.rand((), generator=source))), None)
+        state = following(ids, "sample" if temperature else "greedy", draws)
+        token = int(next(state))
         for done in range(max_new_tokens):
-            if temperature == 0:
-                token = int(slots.greedy(logits[None])[0])
-            else:
-                token = int(torch.multinomial((logits.cpu() / temperature).softmax(-1), 1, generator=source))
             if stop and token in model.facts.eos:
-                return state.close()
+                break
             yield token
             if done + 1 < max_new_tokens:
-                logits = state.send(token)
+                token = int(state.send(token))
         state.close()
 
     def logits(ids: list[int]) -> Any:
-        state = following(ids[:1])
-        rows = [next(state).cpu().numpy()] + [state.send(token).cpu().numpy() for token in ids[1:]]
+        state = following(ids[:1], "logits", iter(lambda: Draw(1.0, 1.0, 0.0), None))
+        rows = [next(state).numpy()] + [state.send(token).numpy() for token in ids[1:]]
         state.close()
         return np.stack(rows)
 
     encode, decoder = transformers_text(auto_tokenizer(folder), str(folder))
     kind = str(model.dtype).removeprefix("torch.")
     return Engine(
-        label=f"Triton kernels, {kind}" if gpu else f"references of the Triton kernels, {kind}",
+        label=f"references of the Triton kernels, {kind}" if backend is None else f"Triton kernels, {kind}",
         vocab_size=model.facts.vocab_size,
-        context_length=slots.capacity,
+        context_length=compute.capacity,
         size=(folder / triton.WEIGHTS).stat().st_size,
-        before=before,
-        encode=lambda prompt: [*before, *encode(prompt)],
+        before=[],
+        encode=encode,
         generate=generate,
         decoder=decoder,
         logits=logits,

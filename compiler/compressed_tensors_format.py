@@ -14,6 +14,8 @@ Which form is written is a matter of who can read it, checked against compressed
 * Packed zero points (strategies "group" and "channel") are what vLLM reads. Transformers makes the empty tensor of the
   unpacked shape and refuses them. It does read plain int8 zero points with strategy "block": blocks of one row by g
   columns are groups of g. The tensors are otherwise the same.
+* Integer weights of 8 bits beside activations rounded to int8 are written as bytes ("int-quantized"), as vLLM expects
+  W8A8; all others stay packed. Activations leave no tensor: they are rounded per token while the model runs.
 * A packed embedding does not load in transformers (no `weight` is left to initialise), an int8 one does; and as both
   modules then have a `weight`, a head tied to it is tied as ever, and the matrix is stored once.
 """
@@ -35,12 +37,19 @@ Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> dtype and shape."""
 
 
+ACTIVATIONS = {"int8": {"type": "int"}, "fp8": {"type": "float"}}
+"""How the rows that a module reads are rounded -> what its `input_activations` say beside `EVERY_TOKEN`."""
+EVERY_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+
+
 @dataclass(frozen=True)
 class Form:
-    """packed: codes in 32-bit words, not one a byte; packed_zeros: zero points too, along the rows."""
+    """packed: codes in 32-bit words, not one a byte; packed_zeros: zero points too, along the rows; activations: a key
+    of `ACTIVATIONS`, or None: in float."""
 
     packed: bool = True
     packed_zeros: bool = False
+    activations: str | None = None
 
     @property
     def name(self) -> str:
@@ -115,24 +124,26 @@ def quantization_config(
 ) -> dict:
     """The `quantization_config` of config.json for integer modules {name: (grid, in features, form)}.
 
-    The largest packed group has the target "Linear" and stands last, after the groups that name their modules (for
-    compressed-tensors looks at them in order, and warns); `ignore` are the linears left in float.
+    The largest group that is packed or rounds activations has the target "Linear" and stands last, after the groups
+    that name their modules (for compressed-tensors looks at them in order, and warns); `ignore` are the linears left in
+    float.
     Modules in `conv` are no Linear there (GPT-2's Conv1D). The library would pass over them, and the model run with
     random weights; a key that it does not allow makes it refuse the checkpoint.
     """
     groups: dict[tuple, list[str]] = {}
     for name, (grid, columns, form) in modules.items():
-        groups.setdefault((form.name, name in conv, grid, _weights(grid, columns, form)), []).append(name)
-    packed = [key for key in groups if key[:2] == ("pack-quantized", False)]
-    widest = max(packed, key=lambda key: len(groups[key]), default=None)
+        key = form.name, name in conv, grid, _weights(grid, columns, form), form.activations
+        groups.setdefault(key, []).append(name)
+    plain = [key for key in groups if not key[1] and (key[0] == "pack-quantized" or key[4])]  # no embedding among them
+    widest = max(plain, key=lambda key: len(groups[key]), default=None)
     config_groups = {}
     for i, (key, names) in enumerate(sorted(groups.items(), key=lambda item: item[0] == widest)):
-        form, is_conv, _, weights = key
+        form, is_conv, _, weights, activations = key
         config_groups[f"group_{i}"] = {
             "targets": ["Linear"] if key == widest else names,
             "format": form,
             "weights": {k: list(v) if isinstance(v, tuple) else v for k, v in weights},
-            "input_activations": None,
+            "input_activations": EVERY_TOKEN | ACTIVATIONS[activations] if activations else None,
             "output_activations": None,
             **({"module_type": "Conv1D"} if is_conv else {}),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,48 @@ def embed(ids: Tensor, *, weight: Tensor | QTensor, offset: int = 0) -> Tensor:
 def linear(x: Tensor, *, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`; weight [out, in]."""
     return F.linear(x, weight, bias)
+
+
+def reorder(x: Tensor, *, order: tuple[int, ...]) -> Tensor:
+    """Features in another order: entry i of the result is entry `order[i]` of x [..., D]."""
+    return x[..., torch.tensor(order, device=x.device)]
+
+
+ROW_RANGE = {"int8": 127.0, "fp8": 448.0}
+"""What the largest entry of a row becomes: int8 without -128, and float8 e4m3, whose largest number is 448."""
+ROW_FLOOR = 1e-30
+"""The least that is taken for the largest entry, so that a row of zeros has a scale."""
+
+
+def row_codes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Every row of x [..., D] on a symmetric grid of its own: codes int8 or float8_e4m3fn [..., D], scale float32
+    [..., 1]. scale = max|x| / range, code = x / scale rounded half to even; in float32, whatever x is."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=ROW_FLOOR)
+    scale = largest / torch.full_like(largest, ROW_RANGE[kind])  # by a number, CUDA would multiply with its inverse
+    ratio = wide / scale
+    return (ratio.round().to(torch.int8) if kind == "int8" else ratio.to(torch.float8_e4m3fn)), scale
+
+
+def round_rows(x: Tensor, *, kind: str) -> Tensor:
+    """code * scale of every row: what a linear reads whose activations are rounded per token (dynamically).
+
+    The gradient goes straight through, as if nothing was rounded.
+    """
+    codes, scale = row_codes(x.detach(), kind)
+    return _StraightThrough.apply(x, (codes.float() * scale).to(x.dtype))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient going to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def rms_norm(x: Tensor, *, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
@@ -213,6 +256,8 @@ class Op:
 OPS: dict[str, Op] = {
     "embed": Op(embed, 1, ("weight",), ("offset?",)),
     "linear": Op(linear, 1, ("weight", "bias?")),
+    "reorder": Op(reorder, 1, (), ("order",)),
+    "round_rows": Op(round_rows, 1, (), ("kind",)),
     "rms_norm": Op(rms_norm, 1, ("weight",), ("eps", "plus_one?")),
     "layer_norm": Op(layer_norm, 1, ("weight", "bias?"), ("eps",)),
     "rope": Op(rope, 2, (), ("head_dim", "inv_freq", "magnitude?", "offset?")),

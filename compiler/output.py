@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     """Refuse a place that holds something that is not ours, or ours without `overwrite`, or that cannot be renamed."""
     try:
         _check_place(out, Path(os.path.abspath(out)), overwrite)
-        _check_work(_work(out))
+        _check_work(working(out))
     except OSError as error:
         raise TpvcError(f"output '{out}' cannot be used ({error.strerror or error}); choose another place") from error
 
@@ -70,7 +70,8 @@ def check_apart(out: Path, model: str | Path) -> None:
         raise TpvcError(f"output '{out}' is or holds '{model}', which would be lost; choose another output directory")
 
 
-def _work(out: Path) -> Path:
+def working(out: Path) -> Path:
+    """Where what becomes `out` is written first."""
     place = Path(os.path.abspath(out))
     return place.with_name(place.name + ".partial")
 
@@ -83,7 +84,7 @@ def published(out: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
     blocks of a resumable run are in the way of another kind of run, which removes them with `overwrite` only. One run
     at a time may write to `out`.
     """
-    work = _work(out)
+    work = working(out)
     _check_work(work)
     with _alone(work):
         if not resumable:
@@ -93,6 +94,40 @@ def published(out: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
                 )
             _clear(work)
         yield from _replacing(out, work, overwrite, resumable)
+
+
+def check_file_free(out: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+    """Refuse a path for a file where something stands that is not `ours`, or ours without `overwrite`."""
+    place = Path(os.path.abspath(out))
+    parent = next(p for p in place.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise TpvcError(f"'{parent}' is not a directory that can be written to; choose another output file")
+    if os.path.lexists(place):
+        if not place.is_file() or not ours(place):
+            raise TpvcError(f"output '{out}' is something that tpvc did not write; choose a new file")
+        if not overwrite:
+            raise TpvcError(f"output '{out}' is already there; add --overwrite to replace it, or choose another")
+    _check_work(working(out))
+
+
+@contextmanager
+def published_file(out: Path) -> Iterator[Path]:
+    """Yield `OUT.partial`; the file `artefact` that the body leaves in it becomes `out` when the body ends well.
+
+    When it does not, finished blocks are left for the next run, as by a resumable `published`.
+    """
+    work = working(out)
+    _check_work(work)
+    with _alone(work):
+        try:
+            yield work
+            os.replace(work / ARTEFACT, out)
+        except BaseException:
+            (work / ARTEFACT).unlink(missing_ok=True)
+            if not _finished(work):
+                _clear(work)
+            raise
+        _clear(work)
 
 
 def _replacing(out: Path, work: Path, overwrite: bool, resumable: bool) -> Iterator[Path]:
@@ -158,5 +193,5 @@ def _hold(file: int, lock: Path) -> None:
 
 
 def _finished(work: Path) -> bool:
-    """Is there a finished block that a later run can start from?"""
-    return any((work / BLOCKS).glob("block-*.safetensors"))
+    """Is there a finished block, of this or of a phase before, that a later run can start from?"""
+    return any((work / BLOCKS).rglob("block-*.safetensors"))

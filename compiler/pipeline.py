@@ -24,6 +24,7 @@ from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_
 from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, prompt_ids, read, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
+from tpvc.compiler.verification import check_written
 from tpvc.compiler.verify import verify
 from tpvc.kernels.targets import parse
 from tpvc.passes.bank_prompt import BankPrompt
@@ -32,6 +33,8 @@ from tpvc.passes.checks import check_grid
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.fold_road import FoldRoad, as_stored
+from tpvc.passes.reorder import check_order
+from tpvc.passes.round_activations import RoundActivations, check_kind
 from tpvc.passes.round_to_nearest import RoundToNearest
 
 
@@ -42,6 +45,7 @@ def quantize(
     bits: int = 4,
     group: int | None = None,
     symmetric: bool = False,
+    activations: str | None = None,
     method: str = "flexround",
     recipe: str = "default",
     steps: int | None = None,
@@ -60,7 +64,9 @@ def quantize(
     """Quantise `model` block by block into the directory `out`, a checkpoint that transformers loads as it stands.
 
     bits, group, symmetric  the grid of the block linears: 2..8; columns per scale, -1 per channel, 0 per tensor, None:
-                            the largest of 128, 64, 32 that divides every weight
+                            the largest of 128, 64, 32 that divides every weight, and -1 for W8A8
+    activations             "int8" or "fp8": what block linears read is rounded per token, while the model runs (W8A8,
+                            W4A8); None: it stays in float
     method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration
     recipe, steps           a name in RECIPES; steps overrides its optimiser steps per block
     dataset, nsamples, seqlen   calibration: see tpvc.compiler.calibration; seqlen None: 256, or the model's context
@@ -77,6 +83,8 @@ def quantize(
         check_apart(out, given)
     check_free(out, overwrite)
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
+    if activations is not None:
+        check_kind(activations, bits)
     if fold and len(roads or {}) != 1:
         raise TpvcError(f"folding takes exactly one adapter, found {len(roads or {})}; name one, or do not fold")
     progress("load", 0, 1, str(model))
@@ -87,12 +95,15 @@ def quantize(
         raise TpvcError(f"{model} carries adapters ({names}); quantise its base, and name them with --road or --prompt")
     adapters = frontends.read_roads(program, roads or {})
     tasks = frontends.read_prompts(program, prompts or {})
-    adapting: list[Adapting] = [BankPrompt(tasks)] if tasks else []
+    adapting: list[Adapting] = [RoundActivations(activations)] if activations else []
+    adapting += [BankPrompt(tasks)] if tasks else []
     adapting += [BankRoad(adapters)] if adapters else []
     adapting += [FoldRoad()] if fold else []
     for rewrite in adapting:
         program = verify(rewrite(program), after=type(rewrite).__name__)
-    grid = Grid(bits, default_group(program) if group is None else group, symmetric)
+    if group is None:  # what W8A8 means elsewhere: sums of integers to the end, scaled once
+        group = -1 if bits == 8 and activations else default_group(program)
+    grid = Grid(bits, group, symmetric)
     check_grid(grid, program, tuple(n for n in program.nodes if n.block is not None))
     progress("load", 1, 1, "")
 
@@ -110,6 +121,8 @@ def quantize(
         "head_bits": head_bits,
         "scale_dtype": str(scale_dtype(source)).removeprefix("torch."),
     }
+    if activations:
+        options |= {"activations": activations}
     if adapters:
         options |= {"roads": {a.name: a.origin["sha256"] for a in adapters}, "fold": fold}
     if tasks:
@@ -136,6 +149,11 @@ def quantize(
     return out
 
 
+CHECKPOINTS = ("vllm", "gptq", "gptq_v2", "awq")
+EXPORTS = ("onnx", "triton", *CHECKPOINTS)
+"""What `export` writes, and which of it are checkpoints."""
+
+
 def export(
     artefact: str | Path,
     out: str | Path,
@@ -148,36 +166,44 @@ def export(
     task: str | None = None,
     form: str = "kv",
     targets: str = "",
+    cache: str | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Write `artefact` (or any MODEL, in float) for a runtime.
 
     to              "onnx": a folder that stock ONNX Runtime GenAI runs; "vllm": the same checkpoint with zero points
-                    and a tied head laid out as vLLM expects, which transformers cannot read; "triton": a package of
-                    kernels compiled for `targets`, such as "cuda:80,cuda:90,hip:gfx942"
+                    and a tied head laid out as vLLM expects, which transformers cannot read; "gptq", "gptq_v2", "awq":
+                    the same integers as a checkpoint of that format; "triton": a package of kernels compiled for
+                    `targets`, such as "cuda:80,cuda:90,hip:gfx942"
     accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
     portable        also write a twin in standard ONNX operators
+    cache           of a triton package: "int8" keeps keys and values in 8 bits; None: in the 16 bits of the kernels
     roads           {name: PEFT directory} of RoAd adapters to be carried along, for a model that has none yet
     prompts         {task: PEFT directory} of soft prompts to be carried along, likewise: virtual tokens for the caller
     task, form      one of the prompts to be folded in, so that the caller feeds text alone: see tpvc.passes.fold_prompt
     """
     out = Path(out)
-    if to not in ("onnx", "vllm", "triton"):
-        raise TpvcError(f"export target is '{to}'; expected onnx, vllm or triton")
+    if to not in EXPORTS:
+        raise TpvcError(f"export target is '{to}'; expected one of {', '.join(EXPORTS)}")
     if (to == "triton") != bool(targets):
         raise TpvcError(f"found '{targets}' as --target of a {to} folder; triton takes GPUs by name, others none")
+    if cache is not None and (to != "triton" or cache != "int8"):
+        raise TpvcError(f"a cache of '{cache}' was asked of a {to} folder; only triton has one of int8")
     if portable and to != "onnx":
         raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
     if to == "triton":
         parse(targets)  # an unknown one is refused before anything is read
     if task is not None and to != "onnx":
         raise TpvcError(f"a prompt was to be folded into a {to} folder; only onnx has a graph that can hold it")
+    if task is None and form != "kv":
+        raise TpvcError(f"the form '{form}' was named without a prompt to fold; name one with --task, or no form")
     for given in (artefact, *(roads or {}).values(), *(prompts or {}).values()):
         check_apart(out, given)
     check_free(out, overwrite)
     progress("export", 0, 1, str(artefact))
-    program = frontends.with_prompts(frontends.with_roads(frontends.load(artefact), roads or {}), prompts or {})
+    program = frontends.with_roads(frontends.load(artefact, integers=True), roads or {})
+    program = frontends.with_prompts(program, prompts or {})
     carried = program.prompts
     if task is not None:
         prompt_ids(program, task)  # an unknown one is refused
@@ -198,14 +224,16 @@ def export(
         manifest["source"]["manifest"] = {key: value for key, value in made.items() if key != "blocks"}
     with published(out, overwrite) as work:
         folder = work / ARTEFACT
-        if to == "vllm":
-            huggingface.emit(program, folder, tokenizer, manifest, runtime="vllm")
+        if to in CHECKPOINTS:
+            huggingface.emit(program, folder, tokenizer, manifest, runtime=to)
         elif to == "triton":
             from tpvc.compiler.backends import triton
 
+            check_order(program, "a Triton package")
             dtype = torch.bfloat16 if scale_dtype(program) == torch.bfloat16 else torch.float16
-            triton.emit(program, folder, tokenizer, parse(targets), dtype, progress=progress)
-            manifest["options"] |= {"targets": targets}
+            kept = None if cache is None else torch.int8
+            triton.emit(program, folder, tokenizer, parse(targets), dtype, kept, progress=progress)
+            manifest["options"] |= {"targets": targets, "cache": cache}
             _write_manifest(folder, manifest, "torch", "triton")
         else:
             from tpvc.compiler.backends import onnx
@@ -213,6 +241,7 @@ def export(
             onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
             manifest["options"] |= {"portable": portable, "accuracy_level": accuracy_level}
             _write_manifest(folder, manifest, "onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
+        check_written(folder, program, progress)
     progress("export", 1, 1, str(out))
     return out
 
@@ -224,7 +253,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], *packages: str) -> N
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
-Adapting = BankPrompt | BankRoad | FoldRoad
+Adapting = RoundActivations | BankPrompt | BankRoad | FoldRoad
 
 
 def default_group(program: Program) -> int:
@@ -345,6 +374,8 @@ def _manifest(
 
 def _pass_record(done: Adapting | FlexRound | RoundToNearest) -> dict[str, Any]:
     record = {"name": type(done).__name__}
+    if isinstance(done, RoundActivations):
+        return {**record, "kind": done.kind}
     if isinstance(done, BankPrompt):
         return {**record, "prompts": [p.name for p in done.prompts]}
     if isinstance(done, BankRoad):

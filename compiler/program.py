@@ -215,6 +215,12 @@ def linears(nodes: Iterable[Node]) -> tuple[Node, ...]:
     return tuple(n for n in nodes if n.op == "linear")
 
 
+def rounded_inputs(program: Program) -> dict[str, str]:
+    """{weight of a linear: how the rows that it reads are rounded}, for linears that read a `round_rows` node."""
+    kinds = {n.name: n.attrs["kind"] for n in program.nodes if n.op == "round_rows"}
+    return {n.params["weight"]: kinds[n.inputs[0]] for n in linears(program.nodes) if n.inputs[0] in kinds}
+
+
 def adapter_id(program: Program, name: str | None) -> int:
     """The id of the adapter called `name`; -1 for None. TpvcError for a name that the program does not have."""
     names = [a.name for a in program.adapters]

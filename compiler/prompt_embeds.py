@@ -33,7 +33,9 @@ def prompt_embeds(
     program, _, task = frontends.load_for(model, None, task)
     before = prompt_ids(program, task)
     encode, _ = chat.transformers_text(frontends.tokenizer(program), str(model))
-    vectors = embedded(program, torch.tensor([*before, *encode(prompt)]))
+    ids = [*before, *encode(prompt)]
+    max_tokens = chat.room(program.facts.context_length, ids, max_tokens)
+    vectors = embedded(program, torch.tensor(ids))
     return {
         "model": str(model) if served is None else served,
         "prompt_embeds": encoded(vectors.to(scale_dtype(program))),

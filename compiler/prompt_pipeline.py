@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ from torch import Tensor
 import tpvc
 from tpvc.compiler import charts, frontends, interpret
 from tpvc.compiler.adapters import combine_prompts, prompt_files, prompt_recipe
+from tpvc.compiler.adapters.fits import check_tuned_for
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.prompt_recipe import Part, Recipe
 from tpvc.compiler.adapters.search_scale import search
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.weights import FLOATS, read_json, stored_in
+from tpvc.compiler.frontends.weights import read_json
 from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published
 from tpvc.compiler.pipeline import versions
 from tpvc.compiler.program import Program, prompt_ids, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.report import render
-from tpvc.compiler.tuning.examples import Encoded, encode_examples, read_examples
+from tpvc.compiler.tuning.data import encoded
+from tpvc.compiler.tuning.examples import Encoded
 from tpvc.compiler.tuning.loss import score_answers
 from tpvc.compiler.tuning.prompt_tune import behind
 from tpvc.passes.bank_prompt import ROWS, BankPrompt
@@ -47,7 +49,7 @@ def prompt_vector(
     out, directory, start = Path(out), Path(directory).expanduser(), Path(start).expanduser()
     _check_place(out, overwrite, directory, start)
     progress("load", 0, 1, str(directory))
-    given = prompt_files.read(directory, directory.name)
+    given = prompt_files.read(directory, _named(directory))
     origin, record = _start(start)
     if origin.values.shape != given.values.shape:
         raise TpvcError(
@@ -72,8 +74,6 @@ def prompt_combine(recipe: Recipe, out: str | Path, *, overwrite: bool = False, 
     _check_place(out, overwrite, *read, *(p for p in (recipe.base, recipe.model) if p))
     progress("load", 0, 1, ", ".join(p.name for p in parts))
     prompts = [prompt_files.read(p.directory, p.name) for p in parts]
-    for prompt in prompts:
-        _ = prompt.vector
     start, record = _start(parts[0].directory if recipe.base is None else recipe.base)
     remark = combine_prompts.check_together(prompts, start.values)
     combine_prompts.check_alike([*prompts, start])
@@ -89,6 +89,7 @@ def prompt_combine(recipe: Recipe, out: str | Path, *, overwrite: bool = False, 
     remarks, scale, found = [remark] if remark else [], recipe.scale, None
     if scale is None and len(parts) == 1:
         scale = 1.0
+        remarks.append(f"'{parts[0].name}' is one prompt, whose lambda is 1: nothing was searched")
     elif scale is None:
         found = _searched(recipe, prompts, at, progress)
         scale = found["lambda"]
@@ -170,7 +171,7 @@ def _scaled(
     out, directory = Path(out), Path(directory).expanduser()
     _check_place(out, overwrite, directory)
     progress("load", 0, 1, str(directory))
-    given = prompt_files.read(directory, directory.name)
+    given = prompt_files.read(directory, _named(directory))
     made = combine_prompts.scale(out.name, given, factor)
     origin = {"method": method, "lambda": factor, "start": _start(directory)[1]}
     progress("load", 1, 1, "")
@@ -186,38 +187,24 @@ def _check_place(out: Path, overwrite: bool, *sources: str | Path) -> None:
 def _start(path: Path) -> tuple[Prompt, dict[str, Any]]:
     """(a prompt whose values are the start that `path` names, what a manifest says of it)."""
     if path.suffix.lower() != ".safetensors":
-        prompt = prompt_files.read(path, path.name)
+        prompt = prompt_files.read(path, _named(path))
         own = prompt.start is not None
         tensor, file = (prompt.start, prompt_files.START) if own else (prompt.values, prompt_files.WEIGHTS)
         record = {"directory": _named(path), "file": file, "sha256": sha256(path / file)}
         return Prompt(path.name, tensor, None, prompt.base, prompt.tokenizer), record
     if not path.is_file():
         raise TpvcError(f"there is no file {path}; expected the values that the prompt was tuned from")
-    found = stored_in(path)
-    names = [name for name in STARTS if name in found]
-    if len(names) != 1:
-        raise TpvcError(f"{path} holds {', '.join(sorted(found)) or 'nothing'}; expected one of {', '.join(STARTS)}")
-    stored = found[names[0]]
-    if stored.dtype not in FLOATS or len(stored.shape) != 2:
-        raise TpvcError(
-            f"tensor '{stored.name}' in {path} is {stored.dtype} {list(stored.shape)}; expected [virtual tokens,"
-            f" token_dim] of {', '.join(FLOATS)}"
-        )
-    return Prompt(path.name, stored.read().float()), {"file": path.name, "sha256": sha256(path)}
+    return Prompt(path.name, prompt_files.tensor(path, *STARTS)), {"file": path.name, "sha256": sha256(path)}
 
 
-def _searched(recipe: Recipe, prompts: Sequence[Prompt], at: Any, progress: Progress) -> dict[str, Any]:
+def _searched(
+    recipe: Recipe, prompts: Sequence[Prompt], at: Callable[[float], Prompt], progress: Progress
+) -> dict[str, Any]:
     """The table of a search and its lambda; `at` makes the prompt of a lambda. The weights are read once."""
     progress("load model", 0, 1, str(recipe.model))
     program = frontends.load(recipe.model)
     tokenizer = frontends.tokenizer(program)
-    own = prompt_files.base_print(program)
-    for prompt in prompts:
-        if prompt.base is not None and prompt.base != own:
-            raise TpvcError(
-                f"prompt '{prompt.name}' was tuned for another model ({prompt.base[:12]}, {recipe.model} is"
-                f" {own[:12]}); name the model that it was tuned for"
-            )
+    check_tuned_for(prompts, program, tokenizer)
     candidate = at(1.0)
     banked = BankPrompt((candidate,))(program)
     room = program.facts.context_length - candidate.tokens
@@ -246,18 +233,19 @@ def _searched(recipe: Recipe, prompts: Sequence[Prompt], at: Any, progress: Prog
 
 def _examples(program: Program, tokenizer: Any, part: Part, room: int) -> list[Encoded]:
     """The validation examples of a prompt, read as its tuning read them where its tpvc.json says how."""
-    options = prompt_files.made(part.directory).get("options")
-    options = options if isinstance(options, dict) else {}
-    words = {key: options.get(key) for key in ("template", "columns", "labels")}
-    length = min(options.get("max_length") or MAX_LENGTH, room)
-    made = encode_examples(tokenizer, read_examples(part.data, **words), length, next(iter(program.facts.eos), None))
-    highest = max(max(e.ids) for e in made)
-    if highest >= program.facts.vocab_size:
-        raise TpvcError(
-            f"{part.data} has token {highest}, the model knows {program.facts.vocab_size}; the tokenizer is not this"
-            " model's"
-        )
-    return made
+    words, length = {}, MAX_LENGTH
+    match prompt_files.made(part.directory):
+        case {
+            "options": {
+                "template": str() | None as template,
+                "columns": dict() | None as columns,
+                "labels": dict() | None as labels,
+                "max_length": int(longest),
+            }
+        }:
+            length = longest
+            words = {"template": template, "columns": columns, "labels": labels}
+    return encoded(program, tokenizer, part.data, min(length, room), **words)
 
 
 def _losses(found: Mapping[str, Any]) -> list[str]:
@@ -311,9 +299,11 @@ def _written(
     remarks: Sequence[str] = (),
     found: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a prompt whose base model is that of the prompt in `directory`."""
+    """Write a prompt whose base model is that of the prompt in `directory`; where that is its only part, it is of the
+    same task, and its options say how that task's data is read."""
     extra = {
         "tpvc": tpvc.__version__,
+        "options": prompt_files.made(directory).get("options") if len(parts) == 1 else None,
         "origin": dict(origin),
         "parts": list(parts),
         "remarks": list(remarks),

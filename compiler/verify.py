@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.ops import ACTIVATIONS, OPS
+from tpvc.compiler.ops import ACTIVATIONS, OPS, ROW_RANGE
 from tpvc.compiler.program import INPUTS, Node, Program
 
 
@@ -74,6 +74,11 @@ def _width(check, program: Program, node: Node, widths: dict[str, int | None]) -
                 check(found == wanted, f"{role} has shape {found}, expected {wanted}")
         case "activation":
             check(node.attrs["kind"] in ACTIVATIONS, f"unknown kind '{node.attrs['kind']}'")
+        case "reorder":
+            order = node.attrs["order"]
+            check(sorted(order) == list(range(given[0] or 0)), f"order of {len(order)} is none of {given[0]} features")
+        case "round_rows":
+            check(node.attrs["kind"] in ROW_RANGE, f"unknown kind '{node.attrs['kind']}'")
         case "add" | "mul":
             check(given[0] == given[1], f"adds {given[0]} to {given[1]} features")
         case "rotate":

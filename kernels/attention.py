@@ -1,9 +1,10 @@
 """Attention of new tokens over the cache, for one token a row (decoding), a few (appending) or many (prefill).
 
-Row b holds keys 0 .. lengths[b] - 1; its new tokens stand in slots start[b], start[b] + 1, ..., where
-`kernels/rope_cache.py` put them. Query t of row b sees real keys up to slot start[b] + t, with a window only the last
-`window` up to there. The prefix of a row's task stands before its cache, and the window counts it too; with ids[b] = -1
-there is none. A query that sees nothing (padding of an empty row) gives zeros. Meaning: `compiler.ops.attention`.
+Row b holds keys 0 .. lengths[b] - 1 in row slots[b] of the cache, or row b; its new tokens stand at start[b],
+start[b] + 1, ..., where `kernels/rope_cache.py` put them. Query t of row b sees real keys up to start[b] + t, with a
+window only the last `window` up to there. The prefix of a row's task stands before its cache, and the window counts it
+too; with ids[b] = -1 there is none. A query that sees nothing (padding of an empty row) gives zeros. Meaning:
+`compiler.ops.attention`.
 
 The keys that a tile of queries sees are dealt out to SPLIT programs in equal runs, whatever the row's length. Each
 keeps a softmax of its own: the largest score, the sum of weights and the weighted values; `merge` puts them together in
@@ -22,7 +23,7 @@ from torch import Tensor
 from tpvc.compiler.errors import TpvcError
 from tpvc.kernels.activation import tanh
 from tpvc.kernels.jit import jit, tl
-from tpvc.kernels.launch import Launch, Run, with_triton
+from tpvc.kernels.launch import Config, Launch, Run, with_triton
 from tpvc.kernels.rope_cache import DTYPES, Cache, check_cache, check_rows, token_stride
 
 PROGRAMS = 256
@@ -38,19 +39,9 @@ class Prefix:
     lengths: Tensor
 
 
-@dataclass(frozen=True)
-class Config:
-    """block_m queries and block_n keys a step; split programs share the keys; warps and pipeline stages."""
-
-    block_m: int
-    block_n: int
-    split: int
-    warps: int
-    stages: int
-
-
-def config_for(q: Tensor, cache: Cache) -> Config:
-    """Tiles that fit in 64 KB of shared memory for heads of 64 to 256 features; `split` follows from the capacity."""
+def configs(q: Tensor, cache: Cache) -> tuple[Config, ...]:
+    """Tiles worth compiling, the first of which is preferred: later ones take fewer registers. All fit in 64 KB of
+    shared memory for heads of up to 256 features; `split` follows from the capacity."""
     rows, new, heads, width = q.shape
     kv_heads, capacity = cache.key.shape[1:3]
     queries = new * heads // kv_heads
@@ -60,7 +51,17 @@ def config_for(q: Tensor, cache: Cache) -> Config:
     split = 1
     while split < 32 and programs * split < PROGRAMS and capacity >= 4 * block_n * split:
         split *= 2
-    return Config(block_m, block_n, split, 8 if block_m == 64 and width > 64 else 4, 2)
+    warps = 8 if block_m == 64 and width > 64 else 4
+    tiles = ((block_n, warps), (block_n // 2, warps), (16, 8))
+    return tuple(dict.fromkeys(Config(block_m, n, split, w, 2) for n, w in tiles))
+
+
+def sort(q: Tensor, cache: Cache, window: int | None, softcap: float | None, prefix: Prefix | None) -> str:
+    """What calls must share to be launched alike, but for the number of rows."""
+    sizes = {"new": q.shape[1], "heads": q.shape[2], "keys": cache.key.shape[1], "width": q.shape[3]}
+    sizes |= {"capacity": cache.key.shape[2], "int8": cache.key_scale is not None, "window": window or 0}
+    sizes |= {"softcap": softcap or 0, "prefix": prefix is not None}
+    return "attention " + " ".join(f"{key} {value:g}" for key, value in sizes.items())
 
 
 def attention(
@@ -74,14 +75,15 @@ def attention(
     softcap: float | None = None,
     prefix: Prefix | None = None,
     ids: Tensor | None = None,
+    slots: Tensor | None = None,
     config: Config | None = None,
     run: Run = with_triton,
 ) -> Tensor:
-    """q [B, T, heads, d], start, lengths and ids int32 [B] -> [B, T, heads, d], contiguous."""
-    check(q, cache, start, lengths, window, softcap, prefix, ids)
+    """q [B, T, heads, d], start, lengths, ids and slots int32 [B] -> [B, T, heads, d], contiguous."""
+    check(q, cache, start, lengths, window, softcap, prefix, ids, slots)
     rows, new, heads, width = q.shape
     kv_heads, capacity = cache.key.shape[1:3]
-    chosen = config or config_for(q, cache)
+    chosen = config or configs(q, cache)[0]
     split, share = chosen.split, heads // kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts = peaks = sums = None
@@ -97,7 +99,7 @@ def attention(
             "attention:attend",
             (-(-new * share // chosen.block_m), rows * kv_heads, split),
             (
-                *(q, cache.key, cache.value, cache.key_scale, cache.value_scale, start, lengths),
+                *(q, cache.key, cache.value, cache.key_scale, cache.value_scale, start, lengths, slots),
                 *before,
                 *(out, parts, peaks, sums, token_stride(q), capacity, new, rows * new, float(scale)),
             ),
@@ -134,16 +136,17 @@ def attention_reference(
     softcap: float | None = None,
     prefix: Prefix | None = None,
     ids: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """The same in torch, row by row."""
-    check(q, cache, start, lengths, window, softcap, prefix, ids)
-    keys, values = cache.key.float(), cache.value.float()
-    if cache.key_scale is not None:
-        keys = keys * cache.key_scale[..., None]
-        values = (values * cache.value_scale[..., None]).to(q.dtype).float()
+    check(q, cache, start, lengths, window, softcap, prefix, ids, slots)
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for b, (first, n) in enumerate(zip(start.tolist(), lengths.tolist(), strict=True)):
-        k, v, own = keys[b, :, :n], values[b, :, :n], 0
+        at = b if slots is None else int(slots[b])
+        k, v, own = cache.key[at, :, :n].float(), cache.value[at, :, :n].float(), 0
+        if cache.key_scale is not None:
+            k = k * cache.key_scale[at, :, :n, None]
+            v = (v * cache.value_scale[at, :, :n, None]).to(q.dtype).float()
         if prefix is not None and ids[b] >= 0:
             own = int(prefix.lengths[ids[b]])
             task_k, task_v = (t[ids[b], :, :own].float() for t in (prefix.key, prefix.value))
@@ -169,14 +172,15 @@ def check(
     softcap: float | None,
     prefix: Prefix | None,
     ids: Tensor | None,
+    slots: Tensor | None,
 ) -> None:
-    """TpvcError for tensors that do not belong together. What start, lengths and ids say is not looked at."""
+    """TpvcError for tensors that do not belong together. What start, lengths, ids and slots say is not looked at."""
     if q.dtype not in DTYPES or q.ndim != 4:
         raise TpvcError(
             f"q is {str(q.dtype).removeprefix('torch.')} {list(q.shape)}; expected [B, T, heads, d] in 16 or 32 bits"
         )
     rows, _, heads, width = q.shape
-    check_cache(cache, rows, width, q.dtype)
+    check_cache(cache, rows, width, q.dtype, slots)
     check_rows(rows, start=start, lengths=lengths)
     token_stride(q)
     kv_heads = cache.key.shape[1]
@@ -248,6 +252,7 @@ def attend(
     value_scale,
     start,
     lengths,
+    slots,
     prefix_key,
     prefix_value,
     prefix_lengths,
@@ -320,7 +325,10 @@ def attend(
             peak, total, acc = step(
                 state, queries, n < end, n, k, v, None, None, low, high, 0, scale, WIDTH, SOFTCAP, BLOCK_D
             )
-    base = (row.to(tl.int64) * KV_HEADS + kv_head) * capacity
+    owned = row
+    if slots is not None:
+        owned = tl.load(slots + row)
+    base = (owned.to(tl.int64) * KV_HEADS + kv_head) * capacity
     k = key + base * WIDTH
     v = value + base * WIDTH
     k_scale = None

@@ -156,6 +156,17 @@ def open_api(backend: str, library: str | None = None) -> Api:
     return api
 
 
+def present() -> str | None:
+    """The backend that has a GPU on this machine, "cuda" before "hip"; None where neither has."""
+    for backend in LIBRARIES:
+        try:
+            if count(open_api(backend)):
+                return backend
+        except TpvcError:
+            continue
+    return None
+
+
 def _library(name: str) -> Any:
     try:
         return ctypes.CDLL(name)

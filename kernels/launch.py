@@ -36,6 +36,18 @@ class Launch:
     stages: int = 2
 
 
+@dataclass(frozen=True)
+class Config:
+    """How a large kernel is cut: block_m rows (of attention: queries) and block_n outputs (keys) a program; split
+    programs share the depth (the keys); warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    split: int
+    warps: int
+    stages: int
+
+
 Run = Callable[[Launch], None]
 
 

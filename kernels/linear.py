@@ -2,6 +2,8 @@
 
     y = rotate(x @ W.T + bias),   W = (code - zero) * scale rounded to x's dtype,   sums in float32
 
+Weights that were left in x's own dtype are codes of 16 or 32 bits, which are their bits.
+
 One body serves all batch sizes over one copy of the weights (`kernels/slab.py`). Up to 4 rows are multiplied without
 matrix units, as sums of products; more go through `tl.dot` in steps of 16 input features. Where a launch has too few
 programs to fill a device, the slabs are dealt out to SPLIT programs whose partial sums are added in fixed order by
@@ -22,23 +24,12 @@ from torch import Tensor
 from tpvc.compiler.adapters import road
 from tpvc.compiler.errors import TpvcError
 from tpvc.kernels.jit import jit, tl
-from tpvc.kernels.launch import Launch, Run, with_triton
+from tpvc.kernels.launch import Config, Launch, Run, with_triton
 from tpvc.kernels.slab import SUB, Slabs, dequantise, length
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PROGRAMS = 256
 """Programs that a launch should have: about two for every multiprocessor of a large GPU."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """block_m rows and block_n outputs a program; split programs share the depth; warps and pipeline stages."""
-
-    block_m: int
-    block_n: int
-    split: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +62,13 @@ def configs(rows: int, slabs: Slabs, group: int | None) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def sort(weight: Slabs, bias: Tensor | None, bank: Bank | None) -> str:
-    """What linears must share to be launched alike: sizes, bits, groups, and what their epilogues do."""
+def sort(weight: Slabs, bias: Tensor | None, bank: Bank | None, kind: str | None = None) -> str:
+    """What linears must share to be launched alike: sizes, bits, groups, what their epilogues do, and how the rows that
+    they read are rounded (`kernels/round_rows.py`)."""
     sizes = {"in": weight.depth, "out": weight.width, "bits": weight.bits, "group": weight.group}
     flags = {"zero": weight.zero is not None, "bias": bias is not None, "turn": 0 if bank is None else bank.group}
-    return " ".join(f"{key} {int(value)}" for key, value in (sizes | flags).items())
+    told = " ".join(f"{key} {int(value)}" for key, value in (sizes | flags).items())
+    return told if kind is None else f"{told} rows {kind}"
 
 
 def linear(
@@ -143,6 +136,15 @@ def check(x: Tensor, weight: Slabs, bias: Tensor | None, bank: Bank | None, ids:
     if x.dtype not in DTYPES or x.ndim != 2 or not x.is_contiguous() or x.shape[1] != weight.depth:
         kind = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise TpvcError(f"activations are {kind}; expected contiguous rows of {weight.depth} numbers in 16 or 32 bits")
+    if weight.bits >= 16 and 8 * x.dtype.itemsize != weight.bits:
+        raise TpvcError(
+            f"activations have {8 * x.dtype.itemsize} bits and float weights {weight.bits}; expected one dtype"
+        )
+    check_epilogue(len(x), weight, bias, bank, ids)
+
+
+def check_epilogue(rows: int, weight: Slabs, bias: Tensor | None, bank: Bank | None, ids: Tensor | None) -> None:
+    """TpvcError for a bias, rotations or adapter ids that do not belong to the matrix and the rows."""
     if bias is not None and bias.shape != (weight.width,):
         raise TpvcError(
             f"the bias has shape {list(bias.shape)}; expected one number for each of {weight.width} outputs"
@@ -156,8 +158,8 @@ def check(x: Tensor, weight: Slabs, bias: Tensor | None, bank: Bank | None, ids:
             raise TpvcError(
                 f"rotations pair inside {bank.group} outputs; expected a power of 2 that divides {weight.width}"
             )
-        if ids.shape != (x.shape[0],) or ids.dtype != torch.int32:
-            raise TpvcError(f"adapter ids are {list(ids.shape)}; expected one int32 for each of {x.shape[0]} rows")
+        if ids.shape != (rows,) or ids.dtype != torch.int32:
+            raise TpvcError(f"adapter ids are {list(ids.shape)}; expected one int32 for each of {rows} rows")
 
 
 @jit
@@ -209,6 +211,14 @@ def weights_of(codes, zero, scale, dtype: tl.constexpr):
         return (lifted - (zero + 1024).to(tl.float16)) * scale
     lifted = (codes | 0x4B000000).to(tl.float32, bitcast=True)
     return ((lifted - (zero + 0x800000).to(tl.float32)) * scale.to(tl.float32)).to(dtype)
+
+
+@jit
+def floats_of(words, field, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Weights that are kept in `dtype`, by their bits."""
+    if BITS == 32:
+        return words.to(dtype, bitcast=True)
+    return (words >> (16 * field)).to(tl.int16).to(dtype, bitcast=True)
 
 
 @jit
@@ -267,7 +277,7 @@ def slab_product(
             first = (slab * FIELDS + field) * SUBS
             k = first + r
             a = tl.load(x + row + k[None, :], mask=real & (k < depth)[None, :], other=0)
-            if field % FIELDS_A_SCALE == 0:
+            if BITS < 16 and field % FIELDS_A_SCALE == 0:
                 group = 0 if GROUP == 0 else tl.minimum(first, depth - 1) // GROUP * width
                 s0 = tl.load(scale + group + n0, mask=n0 < width, other=0).to(dtype)[None, :]
                 s1 = tl.load(scale + group + n1, mask=n1 < width, other=0).to(dtype)[None, :]
@@ -277,8 +287,12 @@ def slab_product(
                 else:
                     z0 = tl.full((1, HALF), MIDDLE, tl.int32)
                     z1 = z0
-            b0 = weights_of(codes_of(w0, h0, r, field, BITS), z0, s0, dtype)
-            b1 = weights_of(codes_of(w1, h1, r, field, BITS), z1, s1, dtype)
+            if BITS < 16:
+                b0 = weights_of(codes_of(w0, h0, r, field, BITS), z0, s0, dtype)
+                b1 = weights_of(codes_of(w1, h1, r, field, BITS), z1, s1, dtype)
+            else:
+                b0 = floats_of(w0, field, BITS, dtype)
+                b1 = floats_of(w1, field, BITS, dtype)
             if BLOCK_M >= 16:
                 y0 = tl.dot(a, b0, y0, input_precision="ieee")
                 y1 = tl.dot(a, b1, y1, input_precision="ieee")

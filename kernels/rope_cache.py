@@ -1,7 +1,8 @@
 """Rotary embedding of new tokens, and their keys and values into the cache.
 
 Row b has `lengths[b]` real tokens after this call; its first new one goes to slot `start[b]` of the cache, the next to
-`start[b] + 1`, and so on. New tokens from `lengths[b]` on are padding, which is not written.
+`start[b] + 1`, and so on. New tokens from `lengths[b]` on are padding, which is not written. Row b owns row
+`slots[b]` of the cache, or row b.
 
 Rotary: feature i of a head turns with i + half by the angle of the token's position, features from 2 half on stay. Keys
 and values are kept in the dtype they have or in int8: with scale = max |x| / 127 of the head's vector, code =
@@ -58,13 +59,14 @@ def rope_cache(
     lengths: Tensor,
     positions: Tensor | None = None,
     tables: Rotary | None = None,
+    slots: Tensor | None = None,
     *,
     run: Run = with_triton,
 ) -> Tensor:
-    """q [B, T, heads, d], k and v [B, T, kv_heads, d], start and lengths int32 [B], positions int32 [B, T] -> q turned,
-    contiguous, with zeros for padding; the cache is changed in place. Without tables nothing turns and q comes back as
-    it is."""
-    check(q, k, v, cache, start, lengths, positions, tables)
+    """q [B, T, heads, d], k and v [B, T, kv_heads, d], start, lengths and slots int32 [B], positions int32 [B, T] -> q
+    turned, contiguous, with zeros for padding; the cache is changed in place. Without tables nothing turns and q comes
+    back as it is."""
+    check(q, k, v, cache, start, lengths, positions, tables, slots)
     rows, new, heads, width = q.shape
     kv_heads, capacity = cache.key.shape[1:3]
     out = None if tables is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -77,7 +79,7 @@ def rope_cache(
             (
                 *(q if tables is not None else None, k, v, out),
                 *(cache.key, cache.value, cache.key_scale, cache.value_scale),
-                *(start, lengths, *turning),
+                *(start, lengths, slots, *turning),
                 *(token_stride(q), token_stride(k), token_stride(v), capacity, new),
             ),
             {
@@ -102,13 +104,14 @@ def rope_cache_reference(
     lengths: Tensor,
     positions: Tensor | None = None,
     tables: Rotary | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """The same in torch."""
-    check(q, k, v, cache, start, lengths, positions, tables)
+    check(q, k, v, cache, start, lengths, positions, tables, slots)
     slot = start[:, None] + torch.arange(q.shape[1], device=q.device)
     real = (slot < lengths[:, None]) & (slot < cache.key.shape[2])
     row, token = real.nonzero(as_tuple=True)
-    at = row, slice(None), slot[row, token].long()
+    at = row if slots is None else slots.long()[row], slice(None), slot[row, token].long()
     turned_k = k.float() if tables is None else turned_reference(k, positions, tables)
     for x, into, scale in ((turned_k, cache.key, cache.key_scale), (v.float(), cache.value, cache.value_scale)):
         if scale is None:
@@ -144,8 +147,12 @@ def token_stride(x: Tensor) -> int:
     return x.stride(1) if t > 1 else x.stride(0)
 
 
-def check_cache(cache: Cache, rows: int, width: int, dtype: torch.dtype) -> None:
-    """TpvcError for a cache that is not one of `rows` rows for heads of `width` features in `dtype`."""
+def check_cache(cache: Cache, rows: int, width: int, dtype: torch.dtype, slots: Tensor | None = None) -> None:
+    """TpvcError for a cache that is not one of `rows` rows (with slots: of any number) for heads of `width` features in
+    `dtype`."""
+    if slots is not None:
+        check_rows(rows, slots=slots)
+        rows = cache.key.shape[0]
     key, scales = cache.key, (cache.key_scale, cache.value_scale)
     kept = torch.int8 if scales[0] is not None else dtype
     if key.ndim != 4 or key.shape[0] != rows or key.shape[3] != width or key.dtype != kept:
@@ -178,14 +185,15 @@ def check(
     lengths: Tensor,
     positions: Tensor | None,
     tables: Rotary | None,
+    slots: Tensor | None,
 ) -> None:
-    """TpvcError for tensors that do not belong together. What start, lengths and positions say is not looked at, but
-    nothing is written outside the cache."""
+    """TpvcError for tensors that do not belong together. What start, lengths, positions and slots say is not looked at,
+    but with slots that the cache has nothing is written outside it."""
     if q.dtype not in DTYPES or q.ndim != 4 or len({q.dtype, k.dtype, v.dtype}) != 1:
         kind = f"{str(q.dtype).removeprefix('torch.')} {list(q.shape)}"
         raise TpvcError(f"q is {kind}; expected [B, T, heads, d] in 16 or 32 bits, and k and v of the same dtype")
     rows, new, _, width = q.shape
-    check_cache(cache, rows, width, q.dtype)
+    check_cache(cache, rows, width, q.dtype, slots)
     check_rows(rows, start=start, lengths=lengths)
     wanted = (rows, new, cache.key.shape[1], width)
     if k.shape != wanted or v.shape != wanted:
@@ -239,6 +247,7 @@ def turn_and_write(
     value_scale,
     start,
     lengths,
+    slots,
     positions,
     cosine,
     sine,
@@ -270,7 +279,10 @@ def turn_and_write(
             y = turned(q + wide * q_stride + head * WIDTH, j, real, position, cosine, sine, WIDTH, HALF)
             tl.store(into, y.to(out.dtype.element_ty), mask=j < WIDTH)
     h = (head - HEADS) % KV_HEADS
-    place = (row.to(tl.int64) * KV_HEADS + h) * capacity + slot
+    owned = row
+    if slots is not None:
+        owned = tl.load(slots + row)
+    place = (owned.to(tl.int64) * KV_HEADS + h) * capacity + slot
     if (head >= HEADS) & (head < HEADS + KV_HEADS):
         y = turned(k + wide * k_stride + h * WIDTH, j, real, position, cosine, sine, WIDTH, HALF)
         write(y, key, key_scale, place, j, real, WIDTH)

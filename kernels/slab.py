@@ -8,6 +8,7 @@ SUB rows of words yields 32/b tiles of codes for consecutive features, in the or
     bits 3         a plane of 2 bits and a plane `high` of 1 bit, for the same 256 features of a slab: row r of 8 and
                    field j of `high` are feature j * 8 + r
     bits 5, 6, 7   stored in the plane of 8
+    bits 16, 32    a float that was not rounded: the code is its bits, and there is no scale
 
 The last slab is filled up with code 0; kernels read no activations there.
 """
@@ -28,21 +29,21 @@ SUB = 16
 
 @dataclass(frozen=True, eq=False)
 class Slabs:
-    """An integer matrix [out, in] packed for the kernels.
+    """A matrix [out, in] packed for the kernels: integers, or floats in the dtype that the kernels compute in.
 
     words   int32 [slabs * SUB, out]
     high    int32 [slabs * SUB / 2, out], or None: the third bit
-    scale   [groups, out] in the dtype that the checkpoint has
+    scale   [groups, out] in the dtype that the checkpoint has; None for floats
     zero    uint8 [groups, out], or None: symmetric, 2^(bits-1)
     depth   in, without filling
-    bits    2, 3, 4 or 8: of the planes together
+    bits    2, 3, 4 or 8: of the planes together; 16 or 32: floats
     group   input features that share a scale
     middle  the zero point where `zero` is None
     """
 
     words: Tensor
     high: Tensor | None
-    scale: Tensor
+    scale: Tensor | None
     zero: Tensor | None
     depth: int
     bits: int
@@ -81,6 +82,14 @@ def pack(value: QTensor) -> Slabs:
     return Slabs(words, high, scale, zero, depth, bits, group, 2 ** (value.grid.bits - 1))
 
 
+def pack_floats(value: Tensor) -> Slabs:
+    """Pack a matrix [out, in] as it is, in float16, bfloat16 or float32."""
+    bits = 8 * value.dtype.itemsize
+    codes = value.contiguous().view(torch.int16 if bits == 16 else torch.int32)
+    words = _plane((_filled(codes, length(bits)).T.to(torch.int64)) & (2**bits - 1), bits)
+    return Slabs(words, None, None, None, value.shape[1], bits, value.shape[1], 0)
+
+
 def unpack(slabs: Slabs, grid: Grid) -> QTensor:
     """The inverse of `pack`, for a matrix that was on `grid`; a grid per tensor comes back as one per channel."""
     codes = _codes(slabs.words, 2 if slabs.bits == 3 else slabs.bits)
@@ -95,15 +104,26 @@ def unpack(slabs: Slabs, grid: Grid) -> QTensor:
 def dequantise(slabs: Slabs, dtype: torch.dtype) -> Tensor:
     """What the kernels multiply with, [out, in] in `dtype`: (code - zero) * scale, rounded once.
 
-    The scale is taken to `dtype` first, which changes nothing where the checkpoint has that dtype.
+    The scale is taken to `dtype` first, which changes nothing where the checkpoint has that dtype. Floats are of
+    `dtype` already.
     """
+    if slabs.scale is None:
+        codes = _codes(slabs.words, slabs.bits)[: slabs.depth].T
+        codes = codes - ((codes >> (slabs.bits - 1)) << slabs.bits)  # as a signed number
+        return codes.to(torch.int16 if slabs.bits == 16 else torch.int32).contiguous().view(dtype)
+    group = torch.arange(slabs.depth, device=slabs.words.device) // slabs.group
+    exact = integers(slabs).T.float() * slabs.scale.to(dtype).float()[group]
+    return exact.to(dtype).T.contiguous()
+
+
+def integers(slabs: Slabs) -> Tensor:
+    """code - zero of an integer matrix, int64 [out, in]."""
     codes = _codes(slabs.words, 2 if slabs.bits == 3 else slabs.bits)
     if slabs.high is not None:
         codes = codes | (_codes(slabs.high, 1) << 2)
     group = torch.arange(slabs.depth, device=codes.device) // slabs.group
     zero = slabs.middle if slabs.zero is None else slabs.zero[group].to(torch.int64)
-    exact = (codes[: slabs.depth] - zero).float() * slabs.scale.to(dtype).float()[group]
-    return exact.to(dtype).T.contiguous()
+    return (codes[: slabs.depth] - zero).T
 
 
 def columns(slabs: Slabs, outputs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tpvc.compiler import interpret
+from tpvc.compiler.ops import OPS, Op
 from tpvc.compiler.program import Node, Program, QTensor, dense, prompt_ids
 from tpvc.compiler.quick import quick_matmul
 from tpvc.compiler.verify import ports
 
+EXACT = {**OPS, "round_rows": replace(OPS["round_rows"], compute=lambda x, kind: x)}
+"""The ops of a block in float: nothing is rounded."""
 Watch = Callable[[Node, list[Tensor]], None]
 AT_ONCE = 8
 """Windows computed together where no gradient is needed."""
@@ -26,19 +30,27 @@ class Block:
         self.device = device
         self.weights = {name: dense(program.params[name]).to(device) for n in self.nodes for name in n.params.values()}
 
-    def output(self, x: Tensor, weights: dict[str, Tensor], ids: Tensor, watch: Watch | None = None) -> Tensor:
+    def output(
+        self,
+        x: Tensor,
+        weights: dict[str, Tensor],
+        ids: Tensor,
+        watch: Watch | None = None,
+        ops: Mapping[str, Op] = OPS,
+    ) -> Tensor:
         """[b, L, D] -> [b, L, D] on the block's device; `ids` int64 [b]: the adapter of every window, -1 for none."""
         values = full_windows(torch.empty(x.shape[:2], device=self.device, dtype=torch.long), ids.to(self.device))
-        return interpret.run(self.nodes, {**values, self.entering: x.to(self.device)}, weights.__getitem__, watch=watch)
+        values[self.entering] = x.to(self.device)
+        return interpret.run(self.nodes, values, weights.__getitem__, watch=watch, ops=ops)
 
     def with_rounded(self, rounded: Mapping[str, QTensor]) -> dict[str, Tensor]:
         """The block's weights with some of them replaced by what their integers stand for."""
         return {**self.weights, **{name: q.dequantize().to(self.device) for name, q in rounded.items()}}
 
-    def outputs(self, x: Tensor, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    def outputs(self, x: Tensor, weights: dict[str, Tensor], ids: Tensor, ops: Mapping[str, Op] = OPS) -> Tensor:
         """The same over a whole stream, a few windows at a time; the result lies in host memory."""
         parts = zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True)
-        return torch.cat([self.output(part, weights, own).cpu() for part, own in parts])
+        return torch.cat([self.output(part, weights, own, ops=ops).cpu() for part, own in parts])
 
     def importance(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Mean square of every input feature of every linear, float32 [in], by weight name. Three digits are enough."""

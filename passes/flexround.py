@@ -19,6 +19,9 @@ calibration windows that no step has seen.
 Where adapters stand beside the weights (`rotate` nodes), every window belongs to the base or to one of them, and runs
 with its vectors through all blocks; a step therefore sees a drawn few of them, and one integer base serves them all.
 Likewise every window begins with one of the soft prompts that stand beside the embeddings, or with none.
+
+Where activations are rounded (`round_rows` nodes), the rounded block rounds them in every forward pass, with a
+straight-through gradient, and the float block does not: what is learned makes up for both roundings.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import quick_matmul
 from tpvc.compiler.store import BlockStore
-from tpvc.passes.block import AT_ONCE, Block, behind_prompts, embedded, relative_error, spread
+from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, relative_error, spread
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.fake_round import FakeRound, learned_codes
 from tpvc.passes.grid import Range, grouped, min_max, on_grid, qtensor
@@ -153,7 +156,7 @@ class FlexRound:
         block = Block(program, index, self.device)
         nodes = linears(block.nodes)
         weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
-        target = block.outputs(exact, block.weights, ids)
+        target = block.outputs(exact, block.weights, ids, EXACT)
         _check_finite(program, index, target, ids)
 
         nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}

@@ -32,6 +32,23 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def fake_drivers(tmp_path_factory):
+    """{"cuda", "hip", "old"}: paths of libraries that stand in for GPU drivers, made from `fake_driver.c`."""
+    import shutil
+    import subprocess
+    from pathlib import Path
+
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None or os.name == "nt":
+        pytest.skip("no C compiler to make the fake drivers with")
+    folder, source = tmp_path_factory.mktemp("drivers"), Path(__file__).with_name("fake_driver.c")
+    for name, flags in {"cuda": (), "hip": ("-DHIP",), "old": ("-DOLD",)}.items():
+        command = [compiler, "-shared", "-fPIC", "-w", *flags, "-o", f"{folder / name}.so", f"{source}"]
+        subprocess.run(command, check=True)
+    return {name: f"{folder / name}.so" for name in ("cuda", "hip", "old")}
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE tokenizer of at most 384 entries, with a chat template, end of text 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -65,12 +65,12 @@ def test_an_unstopped_run_gives_every_token(engines):
 
 def test_room(engines):
     engine = engines[0]
-    assert chat.room(engine, [1] * 10, 20) == 20
-    assert chat.room(engine, [1] * 250, 20) == 6
+    assert chat.room(engine.context_length, [1] * 10, 20) == 20
+    assert chat.room(engine.context_length, [1] * 250, 20) == 6
     with pytest.raises(TpvcError, match="context holds 256"):
-        chat.room(engine, [1] * 256, 1)
+        chat.room(engine.context_length, [1] * 256, 1)
     with pytest.raises(TpvcError, match="empty"):
-        chat.room(engine, [], 1)
+        chat.room(engine.context_length, [], 1)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ _API = {
     "divergence": "tpvc.compiler.evaluate",
     "measure": "tpvc.compiler.measure",
     "bench": "tpvc.compiler.bench",
+    "verify": "tpvc.compiler.verification",
     "TpvcError": "tpvc.compiler.errors",
 }
 __all__ = ["__version__", *_API]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from tpvc.compiler.adapters.prompt import Prompt
+from tpvc.compiler.adapters.prompt_files import base_print, tokenizer_print
 from tpvc.compiler.adapters.road import Road, check_layout
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Program, linears
@@ -23,6 +27,21 @@ def check_fits(road: Road, program: Program) -> None:
                 f" one has {outputs[name]}"
             )
         check_layout(rotation.variant, rotation.group, rotation.features, f"'{name}'")
+
+
+def check_tuned_for(prompts: Sequence[Prompt], program: Program, tokenizer: Any = None) -> None:
+    """Refuse a prompt that says it was tuned for other weights, or, where `tokenizer` is given, for another one."""
+    own = {
+        "model": base_print(program) if any(p.base for p in prompts) else None,  # the weights are read for it
+        "tokenizer": None if tokenizer is None else tokenizer_print(tokenizer),
+    }
+    for prompt in prompts:
+        for what, theirs in (("model", prompt.base), ("tokenizer", prompt.tokenizer)):
+            if None not in (theirs, own[what]) and theirs != own[what]:
+                raise TpvcError(
+                    f"prompt '{prompt.name}' was tuned for another {what} ({theirs[:12]}, this one is"
+                    f" {own[what][:12]}); expected a prompt of this model, or the model that it was tuned for"
+                )
 
 
 def check_prompt_fits(prompt: Prompt, program: Program) -> None:

@@ -30,6 +30,8 @@ from tpvc.compiler.program import Program, sha256
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 START = "start.safetensors"
 TENSOR, START_TENSOR = "prompt_embeddings", "start"
+SHOWN = 4
+"""Names of tensors in an error: a model's file has hundreds."""
 
 
 def read(directory: str | Path, name: str) -> Prompt:
@@ -39,16 +41,16 @@ def read(directory: str | Path, name: str) -> Prompt:
     """
     directory = Path(directory)
     config = _config(directory)
-    values = _tensor(directory / WEIGHTS, TENSOR)
+    values = tensor(directory / WEIGHTS, TENSOR)
     rows, width = config.get("num_virtual_tokens"), config.get("token_dim")
     if tuple(values.shape) != (rows, width):
         raise TpvcError(
             f"{directory / WEIGHTS} holds {values.shape[0]} vectors of {values.shape[1]} numbers, {CONFIG} says"
-            f" num_virtual_tokens = {rows} and token_dim = {width}; use an intact copy"
+            f" num_virtual_tokens = {rows!r} and token_dim = {width!r}; use an intact copy"
         )
     start = None
     if (directory / START).is_file():
-        start = _tensor(directory / START, START_TENSOR)
+        start = tensor(directory / START, START_TENSOR)
         if start.shape != values.shape:
             raise TpvcError(
                 f"{directory / START} holds {list(start.shape)} numbers, the prompt {list(values.shape)}; use an intact"
@@ -85,8 +87,8 @@ def _config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _tensor(path: Path, name: str) -> Tensor:
-    """float32 [n, D] from a safetensors file."""
+def tensor(path: Path, *names: str) -> Tensor:
+    """float32 [n, D] from a safetensors file, in which it has one of these names."""
     if not path.is_file():
         if path.with_name(PICKLE).is_file():
             raise TpvcError(
@@ -95,15 +97,15 @@ def _tensor(path: Path, name: str) -> Tensor:
             )
         raise TpvcError(f"{path.parent} has no {path.name}; expected the directory of a soft prompt")
     found = stored_in(path)
-    if name not in found:
-        raise TpvcError(
-            f"{path} holds no '{name}', it has {', '.join(sorted(found)) or 'nothing'}; expected a soft prompt"
-        )
-    stored = found[name]
+    known = [name for name in names if name in found]
+    if len(known) != 1:
+        some = sorted(found)[:SHOWN] + ([f"{len(found) - SHOWN} more"] if len(found) > SHOWN else [])
+        raise TpvcError(f"{path} holds {', '.join(some) or 'nothing'}; expected one tensor called {' or '.join(names)}")
+    stored = found[known[0]]
     if stored.dtype not in FLOATS or len(stored.shape) != 2 or 0 in stored.shape:
         raise TpvcError(
-            f"tensor '{name}' in {path} is {stored.dtype} {list(stored.shape)}; expected [virtual tokens, token_dim] of"
-            f" {', '.join(FLOATS)}"
+            f"tensor '{stored.name}' in {path} is {stored.dtype} {list(stored.shape)}; expected [virtual tokens,"
+            f" token_dim] of {', '.join(FLOATS)}"
         )
     return stored.read().float()
 

@@ -11,11 +11,13 @@
     parameters: {lambda: 0.7, seed: 0}       # or lambda: search
     model: smollm2-135m                      # to search with
 
-Paths are relative to the file. Only plain YAML is read (safe_load), and what is not known is refused by name.
+Paths are relative to the file. Only plain YAML is read (its safe subset), and what is not known, or said twice, is
+refused by name.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +87,10 @@ def read(path: str | Path) -> Recipe:
 
     path = Path(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeDecodeError) as error:
         raise TpvcError(f"{path} cannot be read ({_reason(error)}); expected a recipe, a YAML file in UTF-8") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}," if mark else f"{path}"
         raise TpvcError(f"{where} is not plain YAML ({_reason(error)}); expected a recipe") from error
@@ -108,6 +110,21 @@ def read(path: str | Path) -> Recipe:
     )
 
 
+def _loader() -> type:
+    """YAML's safe loader, which refuses a key that stands twice in a mapping: by itself it keeps the last."""
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            names = [key.value for key, _ in node.value]
+            for number, (key, _) in enumerate(node.value):
+                if key.value in names[:number]:
+                    raise yaml.constructor.ConstructorError(None, None, f"found '{key.value}' twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Once
+
+
 def _part(entry: Any, path: Path, number: int) -> Part:
     where = f"prompt {number} in {path}"
     found = _mapping(entry, PROMPT, where)
@@ -117,7 +134,7 @@ def _part(entry: Any, path: Path, number: int) -> Part:
         raise TpvcError(f"{where} has no 'prompt'; expected the directory of one")
     density = parameters.get("density")
     return Part(
-        name=_text(found, "name", where) or directory.name,
+        name=_text(found, "name", where) or os.path.basename(os.path.abspath(directory)),
         directory=directory,
         weight=_number(parameters.get("weight", 1.0), "weight", where),
         density=None if density is None else _number(density, "density", where),
@@ -137,7 +154,7 @@ def _mapping(value: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any
 
 def _text(found: Mapping[str, Any], key: str, where: str) -> str | None:
     value = found.get(key)
-    if key in found and not (isinstance(value, str) and value):
+    if key in found and not (isinstance(value, str) and value and value.isprintable()):
         raise TpvcError(f"{where} has {key} = {value!r:.40}; expected text")
     return value
 
@@ -157,7 +174,7 @@ def _whole(value: Any, where: str) -> int:
 
 def _beside(path: Path, given: str | None) -> Path | None:
     """`given` as seen from the recipe's folder."""
-    return None if given is None else path.parent / Path(given).expanduser()
+    return None if given is None else path.parent / os.path.expanduser(given)
 
 
 def _model(path: Path, given: str | None) -> str | None:

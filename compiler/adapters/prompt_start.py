@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tpvc.compiler import interpret
 from tpvc.compiler.adapters import prompt_files
+from tpvc.compiler.adapters.fits import check_prompt_fits, check_tuned_for
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import encode
@@ -31,12 +32,13 @@ def start(program: Program, tokenizer: Any, init: str, tokens: int | None, seed:
     """
     kind, _, rest = init.partition(":")
     if kind == "prompt" and rest:
-        given = prompt_files.read(Path(rest).expanduser(), "start")
+        given = prompt_files.read(Path(rest).expanduser(), rest)
         if tokens not in (None, given.tokens):
             raise TpvcError(
                 f"the prompt in {rest} has {given.tokens} virtual tokens, {tokens} were asked for; leave the number out"
             )
-        _check_base(given, program, rest)
+        check_tuned_for([given], program, tokenizer)
+        check_prompt_fits(given, program)
         origin = given.values if given.start is None else given.start
         return Prompt("start", given.values, origin), {"init": "prompt", "from": dict(given.origin)}
     count = 50 if tokens is None else tokens
@@ -75,12 +77,3 @@ def embedded(program: Program, ids: Tensor) -> Tensor:
 
 def _width(program: Program) -> int:
     return embedded(program, torch.zeros(1, dtype=torch.int64)).shape[1]
-
-
-def _check_base(given: Prompt, program: Program, directory: str) -> None:
-    own = prompt_files.base_print(program)
-    if given.base is not None and own is not None and given.base != own:
-        raise TpvcError(
-            f"the prompt in {directory} was tuned for another model ({given.base[:12]}, this one is {own[:12]}); start"
-            " from one of this model's"
-        )

@@ -13,7 +13,19 @@ from typing import Any
 import click
 
 from tpvc import __version__
-from tpvc.compiler.cli import bench, console, demo, eval, export, inspect, prompt, quantize, road, run
+from tpvc.compiler.cli import (
+    bench,
+    console,
+    demo,
+    eval,
+    export,
+    inspect,
+    prompt,
+    quantize,
+    road,
+    run,
+    verify,
+)
 from tpvc.compiler.errors import TpvcError
 
 INTERRUPTED = 130
@@ -62,6 +74,10 @@ def _about_the_machine(error: Exception) -> str | None:
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         where = getattr(error, "filename", None)
         return f"the disk is full{f' ({where})' if where else ''}; free some space and run the same command again"
+    if number == errno.ENAMETOOLONG:
+        return f"'{error.filename!s:.40}...' is longer than a file's name may be; check what was typed"
+    if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home"):  # pathlib, of ~someone
+        return "a path begins with ~ and a name, and there is no such user; write the directory out"
     if isinstance(error, PermissionError) or number == errno.EROFS:
         return f"{error.filename or 'a file'} may not be opened: {error.strerror}; choose a path that is yours"
     return None
@@ -88,7 +104,7 @@ def cli() -> None:
     """Quantise a language model with FlexRound and compile it to the hardware it will run on."""
 
 
-for module in (demo, quantize, export, road, prompt, run, eval, bench, inspect):
+for module in (demo, quantize, export, road, prompt, run, eval, bench, verify, inspect):
     cli.add_command(module.command)
 
 

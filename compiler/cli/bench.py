@@ -10,6 +10,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
+from tpvc.compiler.cli.options import device_option
 
 
 @click.command(
@@ -23,7 +24,8 @@ Examples:
 \b
 Every target is loaded in a process of its own; runs alternate (A B A B ...) and the figures
 are medians, so that a warm or busy machine treats all alike. Ratios are to the first target.
-Exported folders run in ONNX Runtime GenAI, everything else in torch float32.
+Onnx folders run in ONNX Runtime GenAI, triton packages on the GPU or through references in
+torch, everything else in torch float32.
 """,
 )
 @click.argument("targets", nargs=-1, required=True)
@@ -31,6 +33,7 @@ Exported folders run in ONNX Runtime GenAI, everything else in torch float32.
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of every target.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of either runtime.  [default: all cores]")
+@device_option
 @click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the figures into this file.")
 @console.json_option
 def command(targets: tuple[str, ...], threads: int | None, png: Path | None, as_json: bool, **options: Any) -> None:

@@ -21,6 +21,8 @@ Examples:
   tpvc export smollm2-w4 --to onnx -o tasks --road a=./a --road b=./b
   tpvc export smollm2-w4 --to onnx -o tasks --prompt a=./a --prompt b=./b
   tpvc export smollm2-w4 --to onnx -o only-a --prompt a=./a --task a
+  tpvc export someone-elses-gptq --to onnx -o onnx
+  tpvc export smollm2-w4 --to gptq -o smollm2-gptq
   tpvc export smollm2-w4 --to triton --target cuda:80,cuda:90 -o smollm2-gpu
 
 \b
@@ -41,13 +43,18 @@ GPUs, compiled here without any; what runs it needs neither Triton nor a compile
 
 \b
 A vllm folder holds the same integers as the artefact, with asymmetric zero points packed and a
-tied head untied, as vLLM's loader expects and transformers refuses.
+tied head untied, as vLLM's loader expects and transformers refuses. So do gptq, gptq_v2 and awq
+folders, in those formats, with embedding and head in float.
+
+\b
+Whatever was written is read again and compared with ARTEFACT, number by number, before it appears
+under its name; `tpvc verify ARTEFACT OUT` compares hashes and logits too.
 """,
 )
 @click.argument("artefact")
 @click.option(
     "--to",
-    type=click.Choice(["onnx", "vllm", "triton"]),
+    type=click.Choice(["onnx", "vllm", "triton", "gptq", "gptq_v2", "awq"]),
     default="onnx",
     show_default=True,
     help="The runtime's format.",
@@ -80,6 +87,9 @@ tied head untied, as vLLM's loader expects and transformers refuses.
     default="",
     help="Of a triton package: the GPUs to compile for, as in cuda:80,cuda:90,hip:gfx942.",
 )
+@click.option(
+    "--cache", type=click.Choice(["int8"]), help="Of a triton package: keys and values in 8 bits.  [default: 16 bits]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(
@@ -93,6 +103,7 @@ def command(
     task: str | None,
     form: str,
     targets: str,
+    cache: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -115,6 +126,7 @@ def command(
                 task=task,
                 form=form,
                 targets=targets,
+                cache=cache,
                 overwrite=overwrite,
                 progress=bars,
             )
@@ -130,5 +142,5 @@ def command(
             show(f"  {units.size(count):>9}  {name}")
     if binaries:
         show(f"  {units.size(sum(binaries.values())):>9}  kernels/: {len(binaries) - 1} binaries and their manifest")
-    if to in ("onnx", "triton"):
+    if to == "triton" or "genai_config.json" in files:  # a portable graph alone is for other runtimes
         show(f"  next: {console.run_command(out)}    or    tpvc bench {out} {artefact}")

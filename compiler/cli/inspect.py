@@ -60,15 +60,18 @@ def program_facts(target: str) -> dict[str, Any]:
 
     from tpvc.compiler.chat import parameter_bytes
     from tpvc.compiler.frontends import load, manifest
-    from tpvc.compiler.program import bank_params, grid_of, linears
+    from tpvc.compiler.program import bank_params, grid_of, linears, rounded_inputs
 
     program = load(target)
-    rows = []
+    rows, rounded = [], rounded_inputs(program)
     for node in linears(program.nodes):
         parameter = program.params[node.params["weight"]]
         grid = grid_of(parameter)
         dtype = str(getattr(parameter, "dtype", "")).removeprefix("torch.")
-        rows.append({"name": node.name, "shape": list(parameter.shape), "grid": str(grid) if grid else dtype})
+        said = str(grid) if grid else dtype
+        if node.params["weight"] in rounded:
+            said += f", activations {rounded[node.params['weight']]} per token"
+        rows.append({"name": node.name, "shape": list(parameter.shape), "grid": said})
     source = program.source
     files = {path.relative_to(source.directory).as_posix(): path.stat().st_size for path in source.weights}
     described = asdict(program.facts)
@@ -104,7 +107,7 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
     """Facts about a folder for ONNX Runtime GenAI, JSON-able."""
     import onnx
 
-    from tpvc.compiler.chat import genai_facts
+    from tpvc.compiler.chat import carried_prompts, genai_facts
 
     config = genai_facts(folder)
     path = folder / config["decoder"]["filename"]
@@ -133,15 +136,14 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         "matmulnbits": dict(layouts.most_common()),
         "adapters": {f.stem: units.size(f.stat().st_size) for f in sorted((folder / ADAPTERS).glob("*.onnx_adapter"))},
-        "prompts": {p["name"]: _ids(p) for p in (_manifest(folder) or {}).get("prompts", [])},
+        "prompts": {name: _ids(ids) for name, ids in carried_prompts(folder).items()},
         "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
         "provenance": _manifest(folder),
     }
 
 
-def _ids(prompt: dict[str, Any]) -> str:
-    first, tokens = prompt["first_id"], prompt["tokens"]
-    return f"{tokens} virtual tokens, ids {first} to {first + tokens - 1}"
+def _ids(ids: list[int]) -> str:
+    return f"{len(ids)} virtual tokens, ids {ids[0]} to {ids[-1]}" if ids else "in the graph, before every text"
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

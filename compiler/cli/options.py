@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
+from typing import Any
+
+import click
 
 from tpvc.compiler.errors import TpvcError
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "hip"]),
+    default="auto",
+    show_default=True,
+    help="Where a triton package runs; auto: the first GPU, or the CPU without one.",
+)
 
 
 def named_directories(option: str, given: tuple[str, ...]) -> dict[str, str]:
@@ -14,7 +27,9 @@ def named_directories(option: str, given: tuple[str, ...]) -> dict[str, str]:
     for item in given:
         name, equals, directory = item.partition("=")
         if not equals:
-            name, directory = Path(item).name, item
+            name, directory = os.path.basename(os.path.abspath(item)), item
+        if not name or not directory:
+            raise TpvcError(f"found '{item}' ({option}); expected a directory, or NAME=DIR")
         if name in found:
             raise TpvcError(f"found '{name}' twice ({option}); give each its own name, as in NAME=DIR")
         found[name] = directory
@@ -34,6 +49,14 @@ def check_device(device: str) -> None:
         raise TpvcError(f"device '{device}' cannot be used here ({reason}); expected cpu, or one torch has") from error
 
 
+def check_text(text: str) -> None:
+    """TpvcError for an argument that is not UTF-8: Python stands surrogates in for its bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TpvcError(f"the prompt is not UTF-8 at character {error.start}; expected text") from error
+
+
 def road_argument(directory: Path) -> str:
     """What to type after --road for an adapter in `directory`."""
     from tpvc.compiler.adapters.road import NAME
@@ -50,3 +73,45 @@ def fields(option: str, given: tuple[str, ...]) -> dict[str, str] | None:
             raise TpvcError(f"found {option.split()[0]} '{item}', expected {option}, each once")
         found[key] = value
     return found or None
+
+
+def targets_of(given: str | None) -> str | list[str] | None:
+    """What was typed after --targets: a name that stands for many, or last parts of names with commas between."""
+    if given in (None, "all-linear", "all"):
+        return given
+    return [t.strip() for t in given.split(",") if t.strip()]
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `importance` and `finetune` share: what is trained, on how much text, and how."""
+    for option in reversed(
+        (
+            click.option(
+                "--train",
+                type=click.Choice(["weights", "lora", "road_1", "road_2", "road_4"]),
+                help="What is trained.  [default: lora]",
+            ),
+            click.option(
+                "--targets",
+                help="Linears of the blocks: all-linear, or last parts of names with commas between; all: every weight"
+                " of the model.  [default: all-linear]",
+            ),
+            click.option("--rank", type=click.IntRange(1), help="Of lora; alpha is twice that.  [default: 8]"),
+            click.option("--nsamples", type=int, default=512, show_default=True, help="Windows of general text."),
+            click.option("--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of one."),
+            click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True),
+            click.option(
+                "--micro-batch", type=click.IntRange(1), default=4, show_default=True, help="How many of them at once."
+            ),
+            click.option(
+                "--lr", type=float, help="The highest rate.  [default: 2e-4 for lora, 2e-5 weights, 3e-3 road]"
+            ),
+            click.option("--warmup", type=float, default=0.1, show_default=True, help="Share of steps that it climbs."),
+            click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
+            click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
+            click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0."),
+            click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it."),
+        )
+    ):
+        command = option(command)
+    return command

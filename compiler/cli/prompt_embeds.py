@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from tpvc.compiler.cli import console
+from tpvc.compiler.cli.options import check_text
+from tpvc.compiler.errors import TpvcError
 
 
 @click.command(
@@ -36,6 +38,10 @@ def command(
     model: str, text: str, task: str, raw: bool, max_new_tokens: int, served: str | None, out: Path | None
 ) -> None:
     """Write the request with which vLLM answers TEXT behind a soft prompt."""
+    check_text(text)
+    if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
+        raise TpvcError(f"'{out}' cannot be written; expected the name of a new file in a directory that exists")
+
     from tpvc.compiler.prompt_embeds import prompt_embeds
 
     with console.err().status(f"loading {model}"):

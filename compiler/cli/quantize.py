@@ -14,23 +14,37 @@ from tpvc.compiler.cli import console
 from tpvc.compiler.cli.options import check_device, named_directories
 from tpvc.compiler.errors import TpvcError
 
-SCHEME = re.compile(r"W(\d+)A16(_ASYM)?", re.IGNORECASE)
+SCHEME = re.compile(r"W(\d+)A(16|8|FP8)(_ASYM)?", re.IGNORECASE)
+ACTIVATIONS = {"16": None, "8": "int8", "FP8": "fp8"}
+"""What a scheme calls activations in float, and rounded per token."""
 
 
 def grid_options(
-    scheme: str | None, bits: int | None, group_size: int | None, symmetric: bool | None
+    scheme: str | None,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    activations: str | None = None,
 ) -> dict[str, Any]:
-    """{"bits", "group", "symmetric"} from what was typed; TpvcError when it contradicts itself or is out of range."""
+    """{"bits", "group", "symmetric", "activations"} from what was typed.
+
+    TpvcError when it contradicts itself or is out of range.
+    """
     if scheme is not None:
         match = SCHEME.fullmatch(scheme)
         if match is None:
             raise TpvcError(
-                f"unknown scheme '{scheme}': expected W2A16 to W8A16 (weights of 2 to 8 bits, float activations) "
-                "or W2A16_ASYM to W8A16_ASYM (with zero points); or use --bits"
+                f"unknown scheme '{scheme}': expected W2A16 to W8A16 (weights of 2 to 8 bits, float activations), "
+                "W2A8 to W8A8 (activations in int8) or W2AFP8 to W4AFP8, each also with _ASYM (zero points); "
+                "or use --bits"
             )
         if bits is not None and bits != int(match[1]):
             raise TpvcError(f"--scheme {scheme} and --bits {bits} contradict each other; give one of them")
-        named = match[2] is None
+        kind = ACTIVATIONS[match[2].upper()]
+        if activations is not None and activations != kind:
+            typed = f"--activations {activations}"
+            raise TpvcError(f"--scheme {scheme} and {typed} contradict each other; give one of them")
+        activations, named = kind, match[3] is None
         if symmetric is not None and symmetric != named:
             typed = "--sym" if symmetric else "--asym"
             raise TpvcError(f"--scheme {scheme} and {typed} contradict each other; give one of them")
@@ -43,7 +57,7 @@ def grid_options(
             f"found group size {group_size}, expected a positive number, -1 (one scale per output channel) "
             "or 0 (one scale per tensor)"
         )
-    return {"bits": bits, "group": group_size, "symmetric": bool(symmetric)}
+    return {"bits": bits, "group": group_size, "symmetric": bool(symmetric), "activations": activations}
 
 
 @click.command(
@@ -53,6 +67,7 @@ Examples:
   tpvc quantize smollm2-135m -o smollm2-w4
   tpvc quantize ./Qwen2.5-0.5B -o qwen-w3 --bits 3 --group-size 64 --recipe best
   tpvc quantize model.gguf -o out --bits 4 --group-size -1 --dataset my_texts.jsonl
+  tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8      activations in int8, per token
   tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
   tpvc quantize MODEL -o out --road a=./a --road b=./b   one integer base under two adapters
   tpvc quantize MODEL -o out --road a=./a --fold         one adapter, in the integers
@@ -72,20 +87,26 @@ A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
     "--scheme",
     metavar="W4A16",
     help="Bits and zero points by name, as compressed-tensors has them: W4A16 is --bits 4 --sym, W4A16_ASYM is "
-    "--bits 4 --asym; W2 to W8.",
+    "--bits 4 --asym; W2 to W8; W8A8 and W4A8 add --activations int8, W4AFP8 fp8.",
 )
 @click.option("--bits", type=int, help="Bits a weight, 2 to 8.  [default: 4]")
 @click.option(
     "--group-size",
     type=int,
     help="Input columns that share a scale; -1: one scale per output channel; 0: one per tensor.  "
-    "[default: the largest of 128, 64 and 32 that divides every weight]",
+    "[default: the largest of 128, 64 and 32 that divides every weight; -1 with 8 bits and rounded activations]",
 )
 @click.option(
     "--sym/--asym",
     "symmetric",
     default=None,
     help="Without or with zero points.  [default: asym, or what --scheme says]",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "fp8"]),
+    help="Round what the linears of the blocks read too, per token while the model runs; fp8 goes with at most 4 bits "
+    "a weight.  [default: they stay in float]",
 )
 @click.option(
     "--method",
@@ -144,6 +165,7 @@ def command(
     bits: int | None,
     group_size: int | None,
     symmetric: bool | None,
+    activations: str | None,
     head_bits: str,
     road: tuple[str, ...],
     prompt: tuple[str, ...],
@@ -155,7 +177,7 @@ def command(
 
     FlexRound learns how to round every weight so that the output of its block changes least.
     """
-    grid = grid_options(scheme, bits, group_size, symmetric)
+    grid = grid_options(scheme, bits, group_size, symmetric, activations)
     check_device(options["device"])
 
     from tpvc.compiler.bench import peak_bytes

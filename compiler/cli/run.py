@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tpvc.compiler.cli import console
+from tpvc.compiler.cli.options import check_text, device_option
 from tpvc.compiler.errors import TpvcError
 
 
@@ -25,8 +26,9 @@ Sentiment:"
   cat question.txt | tpvc run smollm2-w4 --json
 
 \b
-A folder of `tpvc export` runs in ONNX Runtime GenAI; everything else through the reference
-interpreter (torch, float32), which is slower but takes every model that tpvc can read.
+An onnx folder of `tpvc export` runs in ONNX Runtime GenAI, a triton package on the GPU or,
+without one, through its kernels' references; everything else through the reference interpreter
+(torch, float32), which is slower but takes every model that tpvc can read.
 """,
 )
 @click.argument("target")
@@ -52,6 +54,7 @@ interpreter (torch, float32), which is slower but takes every model that tpvc ca
     help="A soft prompt that TARGET carries, or the folder of one (PEFT's format), put before the prompt.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
+@device_option
 @console.json_option
 def command(
     target: str,
@@ -63,6 +66,7 @@ def command(
     adapter: str | None,
     task: str | None,
     threads: int | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Let TARGET answer PROMPT.
@@ -72,15 +76,12 @@ def command(
     chat = prompt is None and console.interactive() and not as_json
     if prompt is None and not chat:
         prompt = _piped()
-    try:
-        (prompt or "").encode()
-    except UnicodeEncodeError as error:
-        raise TpvcError(f"the prompt is not UTF-8 at character {error.start}; expected text") from error
+    check_text(prompt or "")
 
     from tpvc.compiler.chat import open_engine
 
     with console.err().status(f"loading {target}"):
-        engine = open_engine(target, threads, adapter, task)
+        engine = open_engine(target, threads, adapter, task, device)
     sampling = {"temperature": temperature, "seed": seed}
     if chat:
         return _chat(engine, raw, max_new_tokens, sampling)
@@ -105,7 +106,7 @@ def reply(engine: Any, ids: list[int], max_new_tokens: int, echo: bool, **sampli
     """Stream an answer to standard output (if `echo`) and return it with its figures."""
     from tpvc.compiler.chat import room
 
-    limit = room(engine, ids, max_new_tokens)
+    limit = room(engine.context_length, ids, max_new_tokens)
     decode, text, tokens, first = engine.decoder(), [], [], 0.0
     start = time.perf_counter()
     for token in engine.generate(ids, limit, **sampling):

@@ -21,19 +21,23 @@ NOT_HUB_FILES = ["consolidated*"]
 """The weights again, in the layout of their authors' own code."""
 
 
-def load(model: str | Path) -> Program:
-    """The model that `model` names. Weights stay in their files until a node asks for them."""
+def load(model: str | Path, *, integers: bool = False) -> Program:
+    """The model that `model` names. Weights stay in their files until a node asks for them.
+
+    integers  of a .gguf file are kept where they can be (`gguf_integers`), to be exported as they are, rather than
+              dequantised, to be worked on; other models are what they say
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return verify(_directory(path, str(model)))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise TpvcError(f"{path} is a file, but not a .gguf; expected a checkpoint directory or a .gguf file")
-        return verify(_gguf(path, str(model)))
+        return verify(_gguf(path, str(model), integers))
     if str(model) == DEMO:
         from tpvc.compiler.frontends import demo
 
-        return verify(_gguf(demo.fetch(), DEMO))
+        return verify(_gguf(demo.fetch(), DEMO, integers))
     if HUB_ID.fullmatch(str(model)) and path.suffix.lower() not in (".gguf", ".safetensors"):
         return verify(_directory(_from_hub(str(model)), str(model)))
     raise TpvcError(
@@ -91,18 +95,12 @@ def with_roads(program: Program, directories: Mapping[str, str | Path]) -> Progr
 def read_prompts(program: Program, directories: Mapping[str, str | Path]) -> tuple[Prompt, ...]:
     """The soft prompts in {name: PEFT directory} for `program`. TpvcError for one that says it is another model's."""
     from tpvc.compiler.adapters import prompt_files
+    from tpvc.compiler.adapters.fits import check_tuned_for
 
     for name in directories:
         check_name(name)
     found = tuple(prompt_files.read(Path(d).expanduser(), name) for name, d in directories.items())
-    known = [p for p in found if p.base is not None]
-    own = prompt_files.base_print(program) if known else None
-    for prompt in known:
-        if own is not None and prompt.base != own:
-            raise TpvcError(
-                f"prompt '{prompt.name}' in {prompt.origin['directory']} was tuned for another model"
-                f" ({prompt.base[:12]}, this one is {own[:12]}); tune it for this model"
-            )
+    check_tuned_for(found, program)
     return found
 
 
@@ -162,10 +160,10 @@ def _beside(program: Program, listed: Any, folder: str) -> dict[str, Path]:
     return {name: program.source.directory / folder / name for name in names}
 
 
-def _gguf(path: Path, name: str) -> Program:
+def _gguf(path: Path, name: str, integers: bool) -> Program:
     from tpvc.compiler.frontends import gguf
 
-    return gguf.load(path, name)
+    return gguf.load(path, name, integers)
 
 
 def _from_hub(name: str) -> Path:

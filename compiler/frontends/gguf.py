@@ -8,6 +8,7 @@ w + 1; and names are its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.architecture import architecture
+from tpvc.compiler.frontends import gguf_integers
+from tpvc.compiler.frontends.architecture import Architecture, architecture
 from tpvc.compiler.frontends.gguf_config import config as config_of
-from tpvc.compiler.program import Lazy, Program, Source
+from tpvc.compiler.program import Lazy, Program, QTensor, Source, linears
 
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INSIDE = {
@@ -64,8 +66,11 @@ class Reader(gguf.GGUFReader):
         return super()._get(offset, dtype, count, override_order)
 
 
-def load(path: Path, name: str) -> Program:
+def load(path: Path, name: str, integers: bool = False) -> Program:
     """The Program of one GGUF file; nothing but metadata is read.
+
+    integers  keep the integers of a file whose blocks' linears are all of the types of `gguf_integers`; otherwise every
+              tensor is dequantised
 
     Raises TpvcError for a damaged file, an architecture, a metadata key or a tensor that is not supported.
     """
@@ -92,6 +97,8 @@ def load(path: Path, name: str) -> Program:
                     f"the GGUF has '{tensor.name}' of shape {shapes[tensor.name]}, expected {arch.shapes[target]}"
                 )
             params[target] = Lazy(shapes[tensor.name], torch.float32, _reading(path, tensor, config))
+        if integers:
+            params |= _integers(tensors, arch, config)
         if missing := sorted(arch.shapes.keys() - params.keys()):
             raise TpvcError(
                 f"the GGUF lacks {len(missing)} tensors, among them '{missing[0]}'; it is one part of a split "
@@ -163,11 +170,42 @@ def _values(tensor: gguf.ReaderTensor) -> np.ndarray:
     return gguf.dequantize(tensor.data, tensor.tensor_type)
 
 
-def _reading(path: Path, tensor: gguf.ReaderTensor, config: dict[str, Any]) -> Callable[[], torch.Tensor]:
+def _integers(tensors: dict[str, gguf.ReaderTensor], arch: Architecture, config: dict[str, Any]) -> dict[str, Lazy]:
+    """The matrices that can be held as integers, where the linears of all blocks can be."""
+    own = {parameter_name(n, config["model_type"]): t for n, t in tensors.items() if n not in NOT_WEIGHTS}
+    inside = {n.params["weight"] for n in linears(n for n in arch.nodes if n.block is not None)}
+    if any(gguf_integers.grid_of(own[name].tensor_type) is None for name in inside):
+        return {}
+    found = {}
+    for name, tensor in own.items():
+        grid, shape = gguf_integers.grid_of(tensor.tensor_type), arch.shapes[name]
+        if grid is not None and len(shape) == 2:
+            found[name] = Lazy(shape, torch.float16, _integer_reading(tensor, config), grid)
+    return found
+
+
+def _integer_reading(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> Callable[[], QTensor]:
+    heads = _permuted_heads(tensor, config)
+
+    def read() -> QTensor:
+        q = gguf_integers.qtensor(tensor.data, tensor.tensor_type)
+        if not torch.isfinite(q.scale).all():
+            raise TpvcError(f"the tensor '{tensor.name}' holds NaN or infinite values; the file is damaged")
+        return q if heads is None else replace(q, codes=unpermute(q.codes, heads), scale=unpermute(q.scale, heads))
+
+    return read
+
+
+def _permuted_heads(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> int | None:
+    """Heads of a tensor whose rows llama.cpp interleaved, None for another."""
     part = tensor.name.split(".")[-2]
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}.get(part)
-    permuted = config["model_type"] in ("llama", "mistral") and heads is not None
-    plus_one = config["model_type"] == "gemma2" and part.endswith("norm")
+    return heads if config["model_type"] in ("llama", "mistral") else None
+
+
+def _reading(path: Path, tensor: gguf.ReaderTensor, config: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    heads = _permuted_heads(tensor, config)
+    plus_one = config["model_type"] == "gemma2" and tensor.name.split(".")[-2].endswith("norm")
 
     def read() -> torch.Tensor:
         weight = torch.from_numpy(np.array(_values(tensor), dtype=np.float32, order="C"))
@@ -175,7 +213,7 @@ def _reading(path: Path, tensor: gguf.ReaderTensor, config: dict[str, Any]) -> C
             raise TpvcError(
                 f"{path.name}: the tensor '{tensor.name}' holds NaN or infinite values; the file is damaged"
             )
-        if permuted:
+        if heads is not None:
             weight = unpermute(weight, heads)
         return weight - 1 if plus_one else weight
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from tpvc.compiler.compressed_tensors_format import ACTIVATIONS
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends import integer_weights, packed_weights
 from tpvc.compiler.frontends.architecture import Architecture, architecture
 from tpvc.compiler.frontends.fields import token_ids
-from tpvc.compiler.frontends.integer_weights import PARTS, Quantization, parameter, quantization
+from tpvc.compiler.frontends.integer_weights import PARTS, Quantization, Scheme, quantization
+from tpvc.compiler.frontends.packed_weights import Packed, Packing
 from tpvc.compiler.frontends.weights import FLOATS, Stored, read_json, same, tensors
 from tpvc.compiler.program import Facts, Lazy, Program, Source
 
@@ -33,13 +36,51 @@ def load(directory: Path, name: str) -> Program:
         raise TpvcError(f"{directory} has no config.json; expected the directory of a Hugging Face checkpoint")
     config = read_json(directory / "config.json")
     drawn = architecture(config)
-    scheme = quantization(config)
+    scheme = quantization(_with_settings(config, directory))
     found = tensors(directory)
     parts = _by_parameter(found, drawn, directory)
     params = {n: _parameter(n, parts.get(n, {}), drawn, scheme, directory) for n in drawn.shapes}
     facts = _with_generation(drawn.facts, directory)
     weights = tuple(sorted({t.path for t in found.values()}))
-    return Program(drawn.nodes, params, facts, Source(name, directory, config, weights))
+    program = Program(drawn.nodes, params, facts, Source(name, directory, config, weights))
+    schemes = {n: _scheme(n, parts[n], drawn, scheme) for n in params}
+    return _with_rounded_rows(_in_order(program, parts, schemes), schemes)
+
+
+def _in_order(program: Program, parts: Mapping[str, dict], schemes: Mapping[str, Scheme | Packed | None]) -> Program:
+    """What linears read is put into the order of their columns where the checkpoint reordered those."""
+    from tpvc.passes.reorder import Reorder
+
+    own = {n: s for n, s in schemes.items() if isinstance(s, Packed)}
+    found = {n: packed_weights.order_of(n, parts[n], program.params[n].shape[1], s) for n, s in own.items()}
+    orders = {name: order for name, order in found.items() if order is not None}
+    for name in (n.params["weight"] for n in program.nodes if n.op == "embed" and n.params["weight"] in orders):
+        raise TpvcError(f"'{name}' is an embedding with columns in groups by activation order, which is not supported")
+    return Reorder(orders)(program) if orders else program
+
+
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files that held the `quantization_config` before config.json did -> quant_method."""
+
+
+def _with_settings(config: dict, directory: Path) -> dict:
+    """The config, with the `quantization_config` of a file beside it where it has none."""
+    if config.get("quantization_config") or config.get("compression_config"):
+        return config
+    for file, method in SETTINGS.items():
+        if (directory / file).is_file():
+            return config | {"quantization_config": {"quant_method": method} | read_json(directory / file)}
+    return config
+
+
+def _with_rounded_rows(program: Program, schemes: Mapping[str, Scheme | Packed | None]) -> Program:
+    """What linears read is rounded where the checkpoint says so."""
+    from tpvc.passes.round_activations import RoundActivations
+
+    for kind in ACTIVATIONS:
+        named = frozenset(name for name, scheme in schemes.items() if scheme is not None and scheme.activations == kind)
+        program = RoundActivations(kind, named)(program) if named else program
+    return program
 
 
 def _by_parameter(found: Mapping[str, Stored], drawn: Architecture, directory: Path) -> dict[str, dict[str, Stored]]:
@@ -54,7 +95,7 @@ def _by_parameter(found: Mapping[str, Stored], drawn: Architecture, directory: P
             home = parts.setdefault(known, {})
         elif drawn.aliases.get(base, base) == HEAD and HEAD not in drawn.shapes:
             home = head
-        elif BUFFERS.search(key):
+        elif BUFFERS.search(key) or _idle_bias(key, found):
             continue
         else:
             unknown.append(key)
@@ -73,11 +114,19 @@ def _by_parameter(found: Mapping[str, Stored], drawn: Architecture, directory: P
 
 
 def _split(key: str) -> tuple[str, str]:
-    """("m.weight", "packed") of "m.weight_packed"; ("m.weight", "") of "m.weight"."""
+    """("m.weight", "packed") of "m.weight_packed"; ("m.weight", "scales") of "m.scales"; ("m.weight", "") of itself."""
+    module, _, last = key.rpartition(".")
+    if last in packed_weights.PARTS:
+        return f"{module}.weight", last
     for part in PARTS:
         if key.endswith(f".weight_{part}"):
             return key.removesuffix(f"_{part}"), part
     return key, ""
+
+
+def _idle_bias(key: str, found: Mapping[str, Stored]) -> bool:
+    """A bias of zeros beside packed codes: AutoGPTQ stored one for linears that have none."""
+    return f"{key.removesuffix('.bias')}.qweight" in found and key.endswith(".bias") and not found[key].read().any()
 
 
 def _canonical(base: str, drawn: Architecture) -> str | None:
@@ -101,25 +150,35 @@ def _tie(parts: dict, head: dict[str, Stored], drawn: Architecture, directory: P
 
 
 def _parameter(
-    name: str, parts: dict[str, Stored], drawn: Architecture, scheme: Quantization | None, directory: Path
+    name: str, parts: dict[str, Stored], drawn: Architecture, scheme: Quantization | Packing | None, directory: Path
 ) -> Lazy:
     shape = drawn.shapes[name]
     if not parts:
         hint = "; if the head is tied, set tie_word_embeddings to true" if name == HEAD else ""
         raise TpvcError(f"{directory} lacks the tensor '{name}' {list(shape)} that its config asks for{hint}")
-    own = None
-    if scheme is not None and len(shape) == 2:
-        stored = _split(next(iter(parts.values())).name)[0]
-        names = [stored, HEAD] if drawn.aliases.get(stored, stored) == HEAD else [stored, name]
-        own = scheme.scheme([n.removesuffix(".weight") for n in names], _class(name, stored, drawn))
+    own = _scheme(name, parts, drawn, scheme)
     if set(parts) != {""} or (own is not None and parts[""].dtype == "I8"):
         if own is None:
             raise TpvcError(f"'{name}' is stored as integers, but quantization_config has no config group for it")
-        return parameter(name, parts, shape, own)
+        return (packed_weights if isinstance(own, Packed) else integer_weights).parameter(name, parts, shape, own)
     if own is not None:
         grid = own.grid(shape[1])
         raise TpvcError(f"'{name}' is stored in float, but quantization_config says {grid}; list it in 'ignore'")
     return _float(name, parts[""], shape, name in drawn.transposed)
+
+
+def _scheme(
+    name: str, parts: dict[str, Stored], drawn: Architecture, scheme: Quantization | Packing | None
+) -> Scheme | Packed | None:
+    """The config group of a matrix, None where there is none."""
+    if scheme is None or len(drawn.shapes[name]) != 2:
+        return None
+    stored = _split(next(iter(parts.values())).name)[0]
+    names = [stored, HEAD] if drawn.aliases.get(stored, stored) == HEAD else [stored, name]
+    names = [n.removesuffix(".weight") for n in names]
+    if isinstance(scheme, Packing):
+        return scheme.scheme(names) if set(parts) & set(packed_weights.PARTS) else None
+    return scheme.scheme(names, _class(name, stored, drawn))
 
 
 def _class(name: str, stored: str, drawn: Architecture) -> str:

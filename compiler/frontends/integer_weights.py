@@ -1,20 +1,23 @@
 """Reading compressed-tensors checkpoints: which modules are integers and on which grid, from `quantization_config`.
 
-The tensors are those of `compressed_tensors_format`: the formats "pack-quantized" and "int-quantized", weights only;
-strategies tensor, channel, group, and block with blocks of one row (groups by another name); zero points packed or
-not. Whatever else a `quantization_config` can say (activations, transforms, sparsity, reordered columns) is refused.
+The tensors are those of `compressed_tensors_format`: the formats "pack-quantized" and "int-quantized"; strategies
+tensor, channel, group, and block with blocks of one row (groups by another name); zero points packed or not.
+Activations are in float, or rounded to 8 bits per token while the model runs. Whatever else a `quantization_config` can
+say (scales of activations that are stored, transforms, sparsity, reordered columns) is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tpvc.compiler.compressed_tensors_format import METHODS, from_tensors
+from tpvc.compiler.compressed_tensors_format import ACTIVATIONS, EVERY_TOKEN, METHODS, from_tensors
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends import autoround, awq, gptq
 from tpvc.compiler.frontends.fields import Config
+from tpvc.compiler.frontends.packed_weights import Packing
 from tpvc.compiler.frontends.weights import FLOATS, Stored
 from tpvc.compiler.packing import words
 from tpvc.compiler.program import Grid, Lazy, QTensor
@@ -25,16 +28,21 @@ FORMATS = {"pack-quantized": ("packed", "scale", "shape"), "int-quantized": ("",
 PARTS = ("packed", "scale", "zero_point", "shape", "g_idx")
 """Suffixes of `weight_` that a file may hold."""
 
+PACKINGS = {"gptq": gptq.packing, "awq": awq.packing} | dict.fromkeys(autoround.METHODS, autoround.packing)
+"""`quant_method` -> the reader of a config whose tensors are not compressed-tensors'."""
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """One config group. `size`: columns that share a scale, None for a row ("channel") or the whole ("tensor")."""
+    """One config group. `size`: columns that share a scale, None for a row ("channel") or the whole ("tensor");
+    `activations`: "int8", "fp8", or None for those in float."""
 
     format: str
     bits: int
     symmetric: bool
     strategy: str
     size: int | None
+    activations: str | None = None
 
     def grid(self, columns: int) -> Grid:
         if self.strategy == "tensor":
@@ -76,23 +84,25 @@ def _names(target: str, names: Sequence[str]) -> bool:
     return target in names
 
 
-def quantization(config: Config) -> Quantization | None:
+def quantization(config: Config) -> Quantization | Packing | None:
     """What `quantization_config` says, None where there is none; TpvcError for what this reader cannot do exactly."""
     given = config.get("quantization_config") or config.get("compression_config")
     if not given:
         return None
     try:
         return _quantization(given)
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
         raise TpvcError(f"quantization_config cannot be understood ({error}); use an intact config.json") from error
 
 
-def _quantization(given: Mapping[str, Any]) -> Quantization:
+def _quantization(given: Mapping[str, Any]) -> Quantization | Packing:
     method = given.get("quant_method")
+    if method in PACKINGS:
+        return PACKINGS[method](given)
     if method not in METHODS:
         raise TpvcError(
             f"the checkpoint is quantised with quant_method = {method!r}; supported: '{METHODS[0]}' with the formats"
-            f" {', '.join(FORMATS)}, so start from the float checkpoint"
+            f" {', '.join(FORMATS)}, and {', '.join(PACKINGS)}, so start from the float checkpoint"
         )
     _check(given.get("kv_cache_scheme") is None, "quantises the key/value cache")
     _check(not (given.get("transform_config") or {}).get("config_groups"), "has a transform_config")
@@ -102,9 +112,10 @@ def _quantization(given: Mapping[str, Any]) -> Quantization:
     _check(status == "compressed", f"has quantization_status {status!r}")
     groups = []
     for name, group in (given.get("config_groups") or {}).items():
-        _check(not group.get("input_activations") and not group.get("output_activations"), "quantises activations")
+        _check(not group.get("output_activations"), "quantises what linears yield")
         scheme = _scheme(name, group.get("format") or given.get("format"), group.get("weights") or {})
-        groups.append((_targets(group.get("targets")), scheme))
+        rows = _activations(name, group.get("input_activations"))
+        groups.append((_targets(group.get("targets")), replace(scheme, activations=rows)))
     _check(bool(groups), "has no config_groups")
     return Quantization(tuple(groups), _targets(given.get("ignore")))
 
@@ -123,7 +134,7 @@ def _check(fact: bool, text: str) -> None:
     if not fact:
         raise TpvcError(
             f"the checkpoint's quantization_config {text}, which is not supported; supported: integer weights in the"
-            f" formats {', '.join(FORMATS)}, activations in float"
+            f" formats {', '.join(FORMATS)}, activations in float or rounded to 8 bits per token while the model runs"
         )
 
 
@@ -143,6 +154,18 @@ def _scheme(name: str, form: Any, weights: Mapping[str, Any]) -> Scheme:
     if strategy in ("group", "block"):
         _check(isinstance(size, int) and size > 0, f"has groups of {size!r} columns in {name}")
     return Scheme(form, bits, bool(weights.get("symmetric", True)), strategy, size)
+
+
+def _activations(name: str, given: Mapping[str, Any] | None) -> str | None:
+    """How a group rounds what its modules read; a missing key has compressed-tensors' default."""
+    if not given:
+        return None
+    said = {"num_bits": 8, "symmetric": True, "dynamic": False, "type": "int", "strategy": None} | dict(given)
+    for kind, own in ACTIVATIONS.items():
+        if all(said[key] == value for key, value in (EVERY_TOKEN | own).items()):
+            return kind
+    found = ", ".join(f"{key} {said[key]}" for key in ("num_bits", "type", "symmetric", "strategy", "dynamic"))
+    _check(False, f"rounds activations in {name} with {found}")
 
 
 def parameter(name: str, parts: Mapping[str, Stored], shape: tuple[int, ...], scheme: Scheme) -> Lazy:

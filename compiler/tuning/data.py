@@ -15,6 +15,8 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Program, sha256
 from tpvc.compiler.tuning.examples import Encoded, encode_examples, read_examples
 
+LARGEST_RATE = 1e37
+"""AdamW's first step is ten times the rate, which float32 has to hold."""
 HELD_OUT, AT_MOST = 10, 500
 """Without a validation file every tenth example is kept from training, at most 500 of them."""
 
@@ -47,31 +49,43 @@ def read_data(
     labels: Mapping[str, str] | None = None,
 ) -> Data:
     """The examples in two files, or in one that is divided; of at most `length` tokens. See tuning.examples."""
-
-    def encoded(path: Path) -> list[Encoded]:
-        examples = read_examples(path, template=template, columns=columns, labels=labels)
-        made = encode_examples(tokenizer, examples, length, next(iter(program.facts.eos), None))
-        highest = max(max(e.ids) for e in made)
-        if highest >= program.facts.vocab_size:
-            raise TpvcError(
-                f"{path} has token {highest}, the model knows {program.facts.vocab_size}; the tokenizer is not this"
-                " model's"
-            )
-        return made
-
+    words = {"template": template, "columns": columns, "labels": labels}
     files = {"training": {"name": training.name, "sha256": sha256(training)}} if training.is_file() else {}
-    learned = encoded(training)
+    learned = encoded(program, tokenizer, training, length, **words)
     if validation is None:
         learned, checked = held_out(learned, seed, str(training))
     else:
-        checked = encoded(validation)
+        checked = encoded(program, tokenizer, validation, length, **words)
         files["validation"] = {"name": validation.name, "sha256": sha256(validation)}
     return Data(learned, checked, {"files": files, "training": len(learned), "validation": len(checked)})
 
 
-def held_out(examples: list[Encoded], seed: int, name: str) -> tuple[list[Encoded], list[Encoded]]:
-    """(training, validation): a tenth, drawn with the seed, is kept from training."""
-    count = min(AT_MOST, len(examples) // HELD_OUT)
+def encoded(
+    program: Program,
+    tokenizer: Any,
+    path: Path,
+    length: int,
+    *,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> list[Encoded]:
+    """The examples in one file. TpvcError for a tokenizer with tokens that the model does not know."""
+    examples = read_examples(path, template=template, columns=columns, labels=labels)
+    made = encode_examples(tokenizer, examples, length, next(iter(program.facts.eos), None))
+    highest = max(max(e.ids) for e in made)
+    if highest >= program.facts.vocab_size:
+        raise TpvcError(
+            f"{path} has token {highest}, the model knows {program.facts.vocab_size}; the tokenizer is not this model's"
+        )
+    return made
+
+
+def held_out(
+    examples: list[Encoded], seed: int, name: str, at_most: int = AT_MOST
+) -> tuple[list[Encoded], list[Encoded]]:
+    """(training, validation): a tenth, drawn with the seed, and no more than `at_most`, is kept from training."""
+    count = min(at_most, len(examples) // HELD_OUT)
     if count < 1:
         raise TpvcError(
             f"{name} holds {len(examples)} examples; expected at least {HELD_OUT}, or name a --validation file"
@@ -93,5 +107,8 @@ def check_run(epochs: float, steps: int | None, batch_size: int, lr: float, warm
             f"found {epochs:g} epochs, {steps} steps, batches of {batch_size} and {max_length} tokens;"
             " expected numbers above 0, and at least 2 tokens"
         )
-    if not (0 < lr < float("inf")) or not 0 <= warmup < 1:
-        raise TpvcError(f"found rate {lr:g} and warm-up {warmup:g}; expected a rate above 0 and a warm-up from 0 to 1")
+    if not 0 < lr < LARGEST_RATE or not 0 <= warmup < 1:
+        raise TpvcError(
+            f"found rate {lr:g} and warm-up {warmup:g}; expected a rate above 0, below {LARGEST_RATE:g}, and a warm-up"
+            " from 0 to 1"
+        )

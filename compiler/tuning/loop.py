@@ -62,6 +62,14 @@ class Tuned:
     step: int
 
 
+class Diverged(TpvcError):
+    """The loss is no finite number. step: where that was; tuned: what was reached after the last finished stretch."""
+
+    def __init__(self, loss: float, step: int, tuned: Tuned):
+        super().__init__(f"the loss is {loss} at step {step}; expected a finite number, lower the learning rate")
+        self.step, self.tuned = step, tuned
+
+
 def tune(
     params: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
@@ -77,53 +85,93 @@ def tune(
     params    leaves that require gradients
     masks     by the same names, for some of them: 1 where a number may move, 0 where it must not
     lengths   of all examples in tokens; every epoch sees each once, in an order drawn from the seed
+
+    Where the loss becomes no finite number TpvcError is raised, and what was stored is forgotten: it would only bring
+    the run there again.
     """
-    optimizer = torch.optim.AdamW(list(params.values()), lr=schedule.lr, weight_decay=schedule.weight_decay)
-    curve, checks, best, best_step, step, done = [], [], {}, 0, 0, 0
-    while (found := store.finished(done)) is not None:
-        done += 1
-        told = found[1]
-    if done:
-        curve, checks, best_step, step = told["curve"], told["checks"], told["best_step"], told["step"]
-        best = _restore(params, optimizer, store.streams(done - 1))
-    fresh = done == 0
-    while True:
-        if fresh:
-            answers = validate()
-            _check_finite(answers.loss, step, store)
-            if not checks or answers.loss < min(c[1] for c in checks):
-                best, best_step = {n: p.detach().clone() for n, p in params.items()}, step
-            checks.append([step, answers.loss, answers.exact])
-            record = {"curve": curve, "checks": checks, "best_step": best_step, "step": step}
-            store.save(done, {}, record, _state(params, optimizer, best))
-            done += 1
-        note = f"validation loss {checks[-1][1]:.4g}, {100 * checks[-1][2]:.1f} % exact"
-        progress("tune", step, schedule.steps, note)
-        if step == schedule.steps:
-            return Tuned(best, curve, checks, best_step)
-        first, total = step, 0.0
-        while step < min(first + schedule.stretch, schedule.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(step)
-            value = loss(batch_indices(lengths, schedule, step))
-            _check_finite(value.item(), step, store)
+
+    def step(optimizer: torch.optim.Optimizer, indices: list[int], number: int) -> list[float]:
+        value = loss(indices)
+        if math.isfinite(value.item()):
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             for name, mask in masks.items():
                 params[name].grad.mul_(mask)
             optimizer.step()
-            total += value.item()
-            step += 1
-            progress("tune", step, schedule.steps, f"loss {value.item():.4g}, {note}")
-        curve.append([step, total / (step - first)])
-        fresh = True
+        return [value.item()]
 
+    def check() -> list[float]:
+        found = validate()
+        return [found.loss, found.exact]
 
-def _check_finite(loss: float, step: int, store: BlockStore) -> None:
-    """TpvcError where a run has diverged; what it has stored would only bring it here again."""
-    if not math.isfinite(loss):
+    try:
+        return descend(params, lengths, step, check, schedule, store, progress=progress)
+    except Diverged:
         store.clear()
-        raise TpvcError(f"the loss is {loss} at step {step}; expected a finite number, lower the learning rate")
+        raise
+
+
+def descend(
+    params: Mapping[str, Tensor],
+    lengths: Sequence[int],
+    step: Callable[[torch.optim.Optimizer, list[int], int], list[float]],
+    validate: Callable[[], list[float]] | None,
+    schedule: Schedule,
+    store: BlockStore,
+    *,
+    also: Mapping[str, Tensor] | None = None,
+    stage: str = "tune",
+    progress: Progress = silent,
+) -> Tuned:
+    """The loop of `tune`, with the work of one step left to the caller. A finished run is restored and left as it is.
+
+    step      (optimizer, indices of a batch, number) changes `params` and returns numbers whose means over a stretch
+              are the curve's; the first is the loss, and where that is not finite the step has changed nothing
+    validate  numbers of which the first chooses the best and the second is a share of exact answers. None: nothing is
+              measured, no best is kept, and `params` are left as the last step made them
+    also      tensors beside the parameters that steps change in place: they are stored and restored with them
+
+    Raises Diverged.
+    """
+    also = also or {}
+    optimizer = torch.optim.AdamW(list(params.values()), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    curve, checks, best, best_step, at, done = [], [], {}, 0, 0, 0
+    while (found := store.finished(done)) is not None:
+        done += 1
+        told = found[1]
+    if done:
+        curve, checks, best_step, at = told["curve"], told["checks"], told["best_step"], told["step"]
+        best = _restore(params, also, optimizer, store.streams(done - 1))
+    fresh, note = done == 0, ""
+    while True:
+        if fresh:
+            if validate is not None:
+                measured = validate()
+                if not math.isfinite(measured[0]):
+                    raise Diverged(measured[0], at, Tuned(best, curve, checks, best_step))
+                if not checks or measured[0] < min(c[1] for c in checks):
+                    best, best_step = {n: p.detach().clone() for n, p in params.items()}, at
+                checks.append([at, *measured])
+            record = {"curve": curve, "checks": checks, "best_step": best_step, "step": at}
+            store.save(done, {}, record, _state(params, also, optimizer, best))
+            done += 1
+        if checks:
+            note = f"validation loss {checks[-1][1]:.4g}, {100 * checks[-1][2]:.1f} % exact"
+        progress(stage, at, schedule.steps, note)
+        if at == schedule.steps:
+            return Tuned(best, curve, checks, best_step)
+        first, totals = at, []
+        while at < min(first + schedule.stretch, schedule.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(at)
+            values = step(optimizer, batch_indices(lengths, schedule, at), at)
+            if not math.isfinite(values[0]):
+                raise Diverged(values[0], at, Tuned(best, curve, checks, best_step))
+            totals = [a + b for a, b in zip(totals or [0.0] * len(values), values, strict=True)]
+            at += 1
+            progress(stage, at, schedule.steps, f"loss {values[0]:.4g}" + (f", {note}" if note else ""))
+        curve.append([at, *(total / (at - first) for total in totals)])
+        fresh = True
 
 
 def batch_indices(lengths: Sequence[int], schedule: Schedule, step: int) -> list[int]:
@@ -148,19 +196,28 @@ def _draw(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
-def _state(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> dict:
+def _state(
+    params: Mapping[str, Tensor],
+    also: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     state = {f"param/{n}": p for n, p in params.items()} | {f"best/{n}": p for n, p in best.items()}
     for name, p in params.items():
         state |= {f"{key}/{name}": value for key, value in optimizer.state.get(p, {}).items()}
-    return state
+    return state | {f"also/{n}": t for n, t in also.items()}
 
 
 @torch.no_grad()
-def _restore(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: dict) -> dict[str, Tensor]:
+def _restore(
+    params: Mapping[str, Tensor], also: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Put a saved state back; returns the best parameters so far."""
+    for name, tensor in also.items():
+        tensor.copy_(saved[f"also/{name}"])
     for name, p in params.items():
         p.copy_(saved[f"param/{name}"])
         own = {k: saved[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in saved}
         if own:
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in own.items()}
-    return {name: saved[f"best/{name}"].to(p.device) for name, p in params.items()}
+    return {name: saved[f"best/{name}"].to(p.device) for name, p in params.items() if f"best/{name}" in saved}

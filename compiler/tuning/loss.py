@@ -6,13 +6,14 @@ prompt or padding are left out before the head, which is most of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tpvc.compiler.interpret import Weight, positions_of, run
+from tpvc.compiler.ops import Op
 from tpvc.compiler.program import Program
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.tuning.examples import Encoded
@@ -44,18 +45,20 @@ def batch_of(examples: Sequence[Encoded], device: str = "cpu") -> Batch:
     return Batch(*(t.to(device) for t in (ids, mask, predicts, ids[answer], rows)))
 
 
-def answer_logits(program: Program, weight: Weight, batch: Batch, adapter: int = -1) -> Tensor:
+def answer_logits(
+    program: Program, weight: Weight, batch: Batch, adapter: int = -1, ops: Mapping[str, Op] = QUICK
+) -> Tensor:
     """Logits [P, vocab] that predict the answers' tokens, in the order of `batch.targets`; all rows use one adapter.
 
-    Linears multiply in bfloat16 and add in float32.
+    With `ops` left alone linears multiply in bfloat16 and add in float32.
     """
     head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
     device = batch.ids.device
     values = {"input_ids": batch.ids, "mask": batch.mask, "positions": positions_of(batch.mask, batch.ids.shape[1])}
     every = torch.full((len(batch.ids),), adapter, device=device)
-    hidden = run(program.nodes[:head], {**values, "adapter_ids": every}, weight, ops=QUICK)[batch.predicts]
+    hidden = run(program.nodes[:head], {**values, "adapter_ids": every}, weight, ops=ops)[batch.predicts]
     values = {program.nodes[head].inputs[0]: hidden[None], "adapter_ids": every[:1]}
-    return run(program.nodes[head:], values, weight, ops=QUICK)[0]
+    return run(program.nodes[head:], values, weight, ops=ops)[0]
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,13 @@ def score_answers(
     batch_size: int,
     adapter: int = -1,
     device: str = "cpu",
+    ops: Mapping[str, Op] = QUICK,
 ) -> Answers:
     """Loss and accuracy over all `examples`, batches of like length so that little is padding."""
     total, tokens, right = 0.0, 0, 0
     for part in by_length(examples, batch_size):
         batch = batch_of(part, device)
-        logits = answer_logits(program, weight, batch, adapter).float()
+        logits = answer_logits(program, weight, batch, adapter, ops).float()
         total += torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum").item()
         tokens += len(batch.targets)
         wrong = torch.zeros(len(part), device=device).index_add(

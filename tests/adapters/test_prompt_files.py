@@ -146,7 +146,7 @@ def test_numbers_that_are_not_finite_are_refused(directory, file, bad):
 @pytest.mark.parametrize(
     "tensors, told",
     [
-        ({"other": drawn(1)}, "holds no 'prompt_embeddings', it has other"),
+        ({"other": drawn(1)}, "holds other; expected one tensor called prompt_embeddings"),
         ({"prompt_embeddings": drawn(1).int()}, r"is I32 \[5, 64\]; expected \[virtual tokens, token_dim\]"),
         ({"prompt_embeddings": drawn(1)[0]}, r"is F32 \[64\]; expected"),
         ({"prompt_embeddings": drawn(1)[:0]}, r"is F32 \[0, 64\]; expected"),

@@ -93,6 +93,11 @@ ONE = "prompts: [{prompt: a}]\n"
         (ONE + "parameters: {seed: -1}", "has seed = -1; expected a whole number"),
         (ONE + "parameters: {seed: 0.5}", "has seed = 0.5; expected a whole number"),
         (ONE + "merge_method: [ties]", r"has merge_method = \['ties'\]; expected text"),
+        (ONE + "merge_method: ties\n" + ONE, "line 3, is not plain YAML .found 'prompts' twice."),
+        ("prompts: [{prompt: a, data: b, data: c}]", "found 'data' twice"),
+        ('prompts: [{prompt: "a\\x00b"}]', "has prompt = 'a.x00b'; expected text"),
+        ('prompts: [{prompt: "\\ud800"}]', "has prompt = '.ud800'; expected text"),
+        (ONE + "model: !!timestamp x", "is not plain YAML"),
         (ONE + "base_prompt: null", "has base_prompt = None; expected text"),
     ],
 )

@@ -7,8 +7,11 @@ import torch
 
 from tpvc.compiler import frontends
 from tpvc.compiler.backends import triton
-from tpvc.compiler.backends.triton.engine import Engine, model_of
+from tpvc.compiler.backends.triton.engine import Engine
+from tpvc.compiler.backends.triton.model import model_of
+from tpvc.compiler.backends.triton.on_torch import OnTorch
 from tpvc.kernels import package
+from tpvc.kernels.driver import present
 
 TEXT = "The quick brown"
 
@@ -20,8 +23,7 @@ def packaged(ok, artefact, write_adapter, tmp_path_factory):
     write_adapter(artefact, folder / "own")
     given = ("--to", "triton", "--target", "cuda:80", "--road", f"own={folder / 'own'}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "SLOTS", (1, 2))
-        patch.setattr(triton, "ROWS", (1, 2, 16, 128))
+        patch.setattr(triton, "ROWS", (1, 2))
         told = ok("export", artefact, "-o", folder / "gpu", *given)
     return folder / "gpu", folder / "own", told
 
@@ -43,7 +45,7 @@ def test_it_is_read_as_it_was_made(packaged, artefact):
     made = model_of(frontends.with_roads(frontends.load(artefact), {"own": own}), torch.float16)
     read = triton.read(folder)
     assert read.facts == made.facts and read.adapters == made.adapters and read.dtype == made.dtype
-    engines = [Engine(m, 2, 24) for m in (made, read)]
+    engines = [Engine(OnTorch(m, 2, 24)) for m in (made, read)]
     for ids, adapter in (([5, 9, 33], "own"), ([7], None)):
         logits = [e.admit(ids, adapter)[1] for e in engines]
         assert torch.equal(*logits)
@@ -51,20 +53,25 @@ def test_it_is_read_as_it_was_made(packaged, artefact):
 
 def test_it_runs_without_a_gpu(packaged, ok, refused):
     folder, _, _ = packaged
-    engine = Engine(triton.read(folder), 1, 64)
+    engine = Engine(OnTorch(triton.read(folder), 1, 64))
     for name in ("own", None):
         slot, logits = engine.admit(ids_of(folder), name)
         expected = []
         for _ in range(6):
             token = int(logits.argmax())
             expected.append(token)
-            logits = engine.decode(torch.tensor([token]))[slot]
+            logits = engine.decode([slot], [token])[0]
         engine.release(slot)
         given = () if name is None else ("--adapter", name)
-        told = ok("run", folder, TEXT, "--raw", "--max-new-tokens", 6, *given)
+        told = ok("run", folder, TEXT, "--raw", "--max-new-tokens", 6, "--device", "cpu", *given)
         assert told["engine"] == "references of the Triton kernels, float16"
         assert told["tokens"] == expected[: len(told["tokens"])]
     assert "no adapter 'x'; it has own" in refused("run", folder, TEXT, "--adapter", "x")
+    assert "no task 'x'; it has none" in refused("run", folder, TEXT, "--task", "x")
+    drawn = [
+        ok("run", folder, TEXT, "--raw", "--max-new-tokens", 6, "--temperature", 2, "--seed", s) for s in (1, 1, 2)
+    ]
+    assert drawn[0]["tokens"] == drawn[1]["tokens"] != drawn[2]["tokens"]
 
 
 def ids_of(folder):
@@ -80,6 +87,11 @@ def test_what_is_refused(packaged, refused, artefact, tmp_path):
     assert "others none" in refused("export", artefact, "-o", tmp_path / "out", "--target", "cuda:90")
     assert not list(tmp_path.iterdir())
     folder = packaged[0]
+    assert "only triton has one of int8" in refused("export", artefact, "-o", tmp_path / "out", "--cache", "int8")
+    assert "only packages" in refused("run", artefact, TEXT, "--device", "cuda")
+    if present() is None:
+        assert "no CUDA driver was found" in refused("run", folder, TEXT, "--device", "cuda")
+    assert not list(tmp_path.iterdir())
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in folder.iterdir():
@@ -90,3 +102,10 @@ def test_what_is_refused(packaged, refused, artefact, tmp_path):
     assert "not a complete safetensors file" in refused("run", broken, TEXT)
     (broken / "triton.json").write_text('{"format": 7}')
     assert "has format 7" in refused("run", broken, TEXT)
+
+
+def test_bench_takes_it(packaged, ok):
+    folder, _, _ = packaged
+    told = ok("bench", folder, "--prompt-tokens", 8, "--new-tokens", 4, "--runs", 1, "--device", "cpu")
+    (row,) = told["rows"]
+    assert row["engine"].startswith("references of the Triton kernels") and row["decode"] > 0

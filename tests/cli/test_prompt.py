@@ -160,6 +160,14 @@ def test_negate_and_scale(ok, pair, tmp_path):
     torch.testing.assert_close(values(tmp_path / "none"), start, rtol=0, atol=1e-6)
 
 
+def test_a_prompt_is_called_as_its_directory_from_within(ok, pair, tmp_path, monkeypatch):
+    (tmp_path / "r.yaml").write_text(f"prompts: [{{prompt: {pair[0]}/.}}]")
+    monkeypatch.chdir(pair[0])
+    assert ok("prompt", "negate", ".", "-o", tmp_path / "x")["manifest"]["parts"][0]["name"] == "a"
+    assert ok("prompt", "similarity", ".", pair[1])["names"] == ["a", "b"]
+    assert ok("prompt", "merge", tmp_path / "r.yaml", "-o", tmp_path / "y")["manifest"]["origin"]["of"] == ["a"]
+
+
 def test_the_same_command_gives_the_same_bytes(ok, pair, tmp_path):
     for out in ("x", "y"):
         ok("prompt", "add", *pair, "--method", "dare", "--density", 0.5, "--seed", 3, "-o", tmp_path / out)
@@ -302,8 +310,8 @@ def tasks(tmp_path_factory, endless, pair):
 
 def test_a_search_reads_validation_examples_and_the_weights_once(ok, tpvc, endless, pair, tasks, tmp_path, monkeypatch):
     read, built = [], []
-    reader, builder = prompt_pipeline.read_examples, prompt_pipeline.interpret.in_memory
-    monkeypatch.setattr(prompt_pipeline, "read_examples", lambda path, **w: read.append(path) or reader(path, **w))
+    reader, builder = prompt_pipeline.encoded, prompt_pipeline.interpret.in_memory
+    monkeypatch.setattr(prompt_pipeline, "encoded", lambda *a, **w: read.append(a[2]) or reader(*a, **w))
     monkeypatch.setattr(prompt_pipeline.interpret, "in_memory", lambda *a: built.append(1) or builder(*a))
     search = ("--search", "--model", endless, "--data", tasks[0], "--data", tasks[1])
     made = ok("prompt", "add", *pair, *search, "-o", tmp_path / "s")["manifest"]
@@ -335,6 +343,7 @@ def test_nothing_right_is_1_and_a_prompt_by_itself_too(ok, tiny_llama, pair, tas
     assert made["origin"]["lambda"] == 1 and {row["mean"] for row in made["search"]["table"]} == {0}
     made = ok("prompt", "add", pair[0], *search, "-o", tmp_path / "one")["manifest"]
     assert made["origin"]["lambda"] == 1 and made["search"] is None
+    assert made["remarks"] == ["'a' is one prompt, whose lambda is 1: nothing was searched"]
     assert torch.equal(values(tmp_path / "one"), values(pair[0]))
 
 
@@ -358,7 +367,15 @@ def test_examples_are_read_as_the_prompt_was_tuned(ok, endless, pair, tasks, wri
     first = written("a", values(pair[0]), start_of(pair[0]), right)
     search = ("--search", "--model", endless, "--data", tmp_path / "rows.jsonl", "--data", tasks[1])
     made = ok("prompt", "add", first, pair[1], *search, "-o", tmp_path / "t")["manifest"]
-    assert made["search"]["table"][10]["exact"][0] == sum(r["completion"][0] == " " for r in records) / 4
+    wanted = sum(r["completion"][0] == " " for r in records) / 4
+    assert made["search"]["table"][10]["exact"][0] == wanted
+
+    first = written("a", start_of(pair[0]) - (values(pair[0]) - start_of(pair[0])), start_of(pair[0]), right)
+    ok("prompt", "negate", first, "-o", tmp_path / "twice")  # a task is read alike after its vector was changed
+    made = ok("prompt", "add", tmp_path / "twice", pair[1], *search, "-o", tmp_path / "u")["manifest"]
+    assert made["search"]["examples"] == [4, 4]
+    plain = written("a", values(pair[0]), start_of(pair[0]), {"max_length": "long", "template": 5})
+    ok("prompt", "add", plain, pair[1], *search[:4], tasks[0], *search[5:], "-o", tmp_path / "v")
 
 
 def test_a_task_that_is_lost_is_said(ok, endless, pair, written, tasks, tmp_path):
@@ -403,6 +420,9 @@ def test_what_is_refused_leaves_nothing(refused, endless, written, pair, tasks, 
     assert "leaves float32" in no("add", a, b, "--scale", "inf")
     assert "leaves float32" in no("scale", a, "-inf")
     assert "'half' is not a valid float" in no("scale", a, "half")
+    for command in ("add", "negate"):
+        assert "is longer than a file's name may be" in no(command, "a" * 300)
+        assert "there is no such user" in no(command, "~nobody-of-this-name/a")
     assert "a density was given for 'a', and a plain sum drops nothing" in no("add", a, b, "--density", 0.5)
     assert "the density is 2" in no("add", a, b, "--method", "ties", "--density", 2)
     assert "'slerp' is not one of" in no("add", a, b, "--method", "slerp")
@@ -413,9 +433,10 @@ def test_what_is_refused_leaves_nothing(refused, endless, written, pair, tasks, 
     assert "'a' and 'b' were tuned for different models" in no("vector", a, "--start", other)
     bad = short / "bad.safetensors"
     for tensors, told in (
-        ({"x": drawn(1)}, "holds x; expected one of start, prompt_embeddings"),
-        ({"start": drawn(1), "init_prompts": drawn(1)}, "holds init_prompts, start; expected one of"),
+        ({"x": drawn(1)}, "holds x; expected one tensor called start or prompt_embeddings"),
+        ({"start": drawn(1), "init_prompts": drawn(1)}, "holds init_prompts, start; expected one tensor called"),
         ({"start": drawn(1)[0]}, "is F32 [64]; expected"),
+        ({f"w{i}": drawn(i) for i in range(9)}, "holds w0, w1, w2, w3, 5 more; expected one tensor called start or"),
         ({"start": drawn(1) / 0}, "holds NaN or Inf"),
     ):
         save_file(tensors, bad)
@@ -432,6 +453,9 @@ def test_what_is_refused_leaves_nothing(refused, endless, written, pair, tasks, 
     both = [written(n, drawn(1), drawn(2), base="f" * 64) for n in "ab"]
     said = no("add", *both, "--search", "--model", endless, *data)
     assert "prompt 'a' was tuned for another model (ffffffffffff, " in said
+    both = [written(n, drawn(1), drawn(2), tokenizer="f" * 64) for n in "ab"]
+    said = no("add", *both, "--search", "--model", endless, *data)
+    assert "prompt 'a' was tuned for another tokenizer (ffffffffffff, " in said
 
 
 def values2():

@@ -41,5 +41,27 @@ def test_the_request_is_the_prompt_and_the_text(tpvc, ok, tiny_llama, directory,
     assert json.loads((tmp_path / "r.json").read_text())["prompt_embeds"] == request["prompt_embeds"]
 
 
+def test_an_answer_ends_where_the_context_does(tpvc, refused, tiny_llama, directory):
+    words = 240 * "\n"
+    result = tpvc("prompt", "embeds", tiny_llama, words, "--raw", "--task", directory)
+    assert json.loads(result.stdout)["max_tokens"] == 256 - 240 - 5
+    said = refused("prompt", "embeds", tiny_llama, words + 11 * "\n", "--raw", "--task", directory)
+    assert "the prompt has 256 tokens, the model's context holds 256" in said
+
+
+def test_only_a_new_file_is_written(refused, tiny_llama, directory):
+    before = (directory / "adapter_config.json").read_bytes()
+    for place in (directory / "adapter_config.json", directory / "none" / "r.json"):
+        assert "expected the name of a new file" in refused(
+            "prompt", "embeds", tiny_llama, "The", "--task", directory, "-o", place
+        )
+    assert (directory / "adapter_config.json").read_bytes() == before
+
+
+def test_text_that_is_not_utf8(refused, tiny_llama, directory):
+    said = refused("prompt", "embeds", tiny_llama, "a\udcff", "--raw", "--task", directory)
+    assert "the prompt is not UTF-8 at character 1" in said
+
+
 def test_an_unknown_task_is_one_sentence(refused, tiny_llama):
     assert "no task 'x'; it has none" in refused("prompt", "embeds", tiny_llama, "The", "--task", "x")

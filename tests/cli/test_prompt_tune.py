@@ -143,6 +143,22 @@ def test_other_starts(ok, tiny_llama, data, tmp_path, init):
         assert ids == (words * 9)[:9]
 
 
+def test_a_prompt_to_start_from_is_of_this_model_and_tokenizer(refused, tuned, tiny_llama, data, tmp_path):
+    import shutil
+
+    for name, edit in (
+        ("model", lambda told: told["base"].update(weights="f" * 64)),
+        ("tokenizer", lambda told: told.update(tokenizer="f" * 64)),
+    ):
+        shutil.copytree(tuned[0], tmp_path / name)
+        told = json.loads((tmp_path / name / "tpvc.json").read_text())
+        edit(told)
+        (tmp_path / name / "tpvc.json").write_text(json.dumps(told))
+        given = ("--init", f"prompt:{tmp_path / name}", "-o", tmp_path / "out")
+        said = refused("prompt", "tune", tiny_llama, "--data", data, *given)
+        assert f"was tuned for another {name} (ffffffffffff, " in said and not (tmp_path / "out").exists()
+
+
 def test_gemma_starts_behind_its_factor(tmp_path, tiny_tokenizer):
     import transformers
 
@@ -166,6 +182,7 @@ def test_gemma_starts_behind_its_factor(tmp_path, tiny_tokenizer):
         (("--virtual-tokens", "255"), "do not fit into 1"),
         (("--lr", "0"), "expected a rate above 0"),
         (("--lr", "1e30", "--steps", "20"), "lower the"),
+        (("--lr", "1e38", "--steps", "20"), "expected a rate above 0, below 1e+37"),
         (("--validation", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--device", "cuda:9"), "cannot be used here"),
     ],

@@ -25,13 +25,17 @@ def files(folder):
 @pytest.mark.parametrize(
     ("typed", "grid"),
     [
-        ((None, None, None, None), (4, None, False)),
-        (("W4A16", None, 128, None), (4, 128, True)),
-        (("W4A16", None, 128, True), (4, 128, True)),
-        (("w3a16_asym", None, -1, None), (3, -1, False)),
-        (("W8A16_ASYM", 8, 0, False), (8, 0, False)),
-        ((None, 2, 64, None), (2, 64, False)),
-        ((None, None, None, True), (4, None, True)),
+        ((None, None, None, None), (4, None, False, None)),
+        (("W4A16", None, 128, None), (4, 128, True, None)),
+        (("W4A16", None, 128, True), (4, 128, True, None)),
+        (("w3a16_asym", None, -1, None), (3, -1, False, None)),
+        (("W8A16_ASYM", 8, 0, False), (8, 0, False, None)),
+        ((None, 2, 64, None), (2, 64, False, None)),
+        ((None, None, None, True), (4, None, True, None)),
+        (("W8A8", None, -1, None), (8, -1, True, "int8")),
+        (("w4a8_asym", None, -1, None, "int8"), (4, -1, False, "int8")),
+        (("W4AFP8", None, 128, None), (4, 128, True, "fp8")),
+        ((None, 8, -1, True, "int8"), (8, -1, True, "int8")),
     ],
 )
 def test_grid_options(typed, grid):
@@ -44,7 +48,9 @@ def test_grid_options(typed, grid):
         ((None, 1, None, None), "found 1 bits, expected 2 to 8"),
         ((None, 9, None, None), "found 9 bits, expected 2 to 8"),
         (("W1A16", None, None, None), "found 1 bits, expected 2 to 8"),
-        (("W4A8", None, None, None), "unknown scheme 'W4A8'"),
+        (("W4A4", None, None, None), "unknown scheme 'W4A4'"),
+        (("W4A8", None, None, None, "fp8"), "W4A8 and --activations fp8 contradict"),
+        (("W4A16", None, None, None, "int8"), "W4A16 and --activations int8 contradict"),
         (("W4A16", 3, None, None), "contradict"),
         (("W4A16_ASYM", None, None, True), "W4A16_ASYM and --sym contradict"),
         (("W4A16", None, None, False), "W4A16 and --asym contradict"),
@@ -60,10 +66,15 @@ def test_a_scheme_is_named_as_compressed_tensors_names_it():
     """Its own presets say which of the two has no zero points."""
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    for name in ("W4A16", "W4A16_ASYM", "W8A16"):
-        theirs = preset_name_to_scheme(name, ["Linear"]).weights
+    for name in ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "W4A8", "W4AFP8"):
+        preset = preset_name_to_scheme(name, ["Linear"])
+        theirs, rows = preset.weights, preset.input_activations
         ours = grid_options(name, None, None, None)
         assert (ours["bits"], ours["symmetric"]) == (theirs.num_bits, theirs.symmetric)
+        kind = None if rows is None else {"int": "int8", "float": "fp8"}[rows.type]
+        assert ours["activations"] == kind and (
+            rows is None or (rows.num_bits, rows.strategy, rows.dynamic) == (8, "token", True)
+        )
 
 
 def test_help_tells_the_steps_of_every_recipe():

@@ -102,9 +102,15 @@ def test_exported_as_virtual_tokens(carried, ok, refused, tmp_path):
         told = ok("run", folder, TEXT, "--raw", "--max-new-tokens", 12, *given)
         assert told["tokens"] == greedy(program, task)
     assert "no task 'c'; it has a, b" in refused("run", folder, TEXT, "--task", "c")
+    assert ok("inspect", folder)["prompts"]["b"] == "3 virtual tokens, ids 390 to 392"
+    manifest = json.loads((folder / "tpvc.json").read_text())
+    for listed in (5, ["a"], [{"name": "a", "tokens": 6}], [{"name": "a", "first_id": None, "tokens": 6}]):
+        (folder / "tpvc.json").write_text(json.dumps({**manifest, "prompts": listed}))
+        for command in (("run", folder, TEXT, "--task", "a"), ("inspect", folder)):
+            assert "lists a prompt without its name, ids and length" in refused(*command)
 
 
-def test_exported_with_one_task_folded_in(carried, ok, refused, tmp_path):
+def test_exported_with_one_task_folded_in(carried, ok, tpvc, refused, tmp_path):
     out, folder = carried[0], tmp_path / "onnx"
     ok("export", out, "-o", folder, "--accuracy-level", 0, "--task", "a")
     told = json.loads((folder / "tpvc.json").read_text())
@@ -113,8 +119,11 @@ def test_exported_with_one_task_folded_in(carried, ok, refused, tmp_path):
     found = ok("run", folder, TEXT, "--raw", "--max-new-tokens", 12)
     assert found["tokens"] == greedy(frontends.load(out), "a")
     assert found["prompt_tokens"] == len(frontends.tokenizer(frontends.load(out))(TEXT)["input_ids"])
-    assert "no task 'a'; it has none" in refused("run", folder, TEXT, "--task", "a")
-    ok("export", out, "-o", tmp_path / "prefix", "--task", "a", "--form", "prefix", "--portable")
+    assert "'a' is folded into this folder's graph" in refused("run", folder, TEXT, "--task", "a")
+    assert "no task 'b'; it has none" in refused("eval", folder, "--task", "b")
+    assert ok("inspect", folder)["prompts"] == {"a": "in the graph, before every text"}
+    shown = tpvc("export", out, "-o", tmp_path / "prefix", "--task", "a", "--form", "prefix", "--portable")
+    assert shown.exit_code == 0 and "tpvc run" not in shown.stdout, "a portable graph alone is for other runtimes"
     assert (tmp_path / "prefix" / "portable" / "model.onnx").is_file()
     assert not (tmp_path / "prefix" / "model.onnx").exists()
 
@@ -139,6 +148,9 @@ def test_what_is_refused(carried, refused, tiny_llama, prompts, artefact, tmp_pa
     assert "no task 'c'" in refused("export", carried[0], "-o", out, "--task", "c")
     assert "fold it as kv" in refused("export", carried[0], "-o", out, "--task", "a", "--form", "prefix")
     assert "only onnx" in refused("export", carried[0], "-o", out, "--to", "vllm", "--task", "a")
+    assert "without a prompt to fold" in refused("export", carried[0], "-o", out, "--form", "prefix", "--portable")
+    for nameless in (f"={a}", "x=", ""):
+        assert f"found '{nameless}' (--prompt)" in refused(*quantize, "--prompt", nameless)
     other = json.loads((a / "tpvc.json").read_text())
     other["base"]["weights"] = "0" * 64
     (tmp_path / "other").mkdir()

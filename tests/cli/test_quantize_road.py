@@ -200,7 +200,7 @@ def test_bad_adapters_are_one_sentence_and_nothing_is_written(refused, tiny_llam
         (("--road", f"a={roads['all']}", "--road", f"a={roads['some']}"), "found 'a' twice"),
         (("--road", f"a/b={roads['all']}"), "an adapter is called 'a/b'"),
         (("--road", f"..={roads['all']}"), "an adapter is called '..'"),
-        (("--road", f"={roads['all']}"), "an adapter is called ''"),
+        (("--road", f"={roads['all']}"), "expected a directory, or NAME=DIR"),
         (("--road", f"a={roads['all']}", "--method", "flexround", "--nsamples", 1), "1 calibration windows do not go"),
         (("--fold",), "exactly one adapter, found 0"),
         (("--fold", "--road", f"a={roads['all']}", "--road", f"b={roads['some']}"), "exactly one adapter, found 2"),

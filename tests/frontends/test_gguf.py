@@ -15,7 +15,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import gguf
 from tpvc.compiler.frontends.gguf_config import decimal
 from tpvc.compiler.interpret import logits
-from tpvc.compiler.program import read
+from tpvc.compiler.program import Grid, read
 from tpvc.compiler.verify import verify
 
 Type = package.GGMLQuantizationType
@@ -151,7 +151,7 @@ def write(path, model, kind=Type.F32, metadata=(), version=3):
         data = value.numpy().astype(np.float32)
         if family == "gemma2" and "norm" in stem:
             data = data + np.float32(1)
-        each = kind if data.ndim == 2 else Type.F32
+        each = (kind(key) if callable(kind) else kind) if data.ndim == 2 else Type.F32
         raw = quantised(data, each)
         stored[key] = package.dequantize(raw, each) - (1 if family == "gemma2" and "norm" in stem else 0)
         if arch == "llama" and ("q_proj" in stem or "k_proj" in stem):
@@ -236,6 +236,32 @@ def test_every_type_is_dequantised_as_the_package_does(tmp_path, kind):
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
         assert close(logits(program, ids), model(ids).logits)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Type.Q4_0, 4), (Type.Q5_0, 5), (Type.Q8_0, 8)])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_integers_stay_what_they_are(tmp_path, name, kind, bits):
+    """Codes and scales mean the float32 numbers that the package computes, also where rows are put back into order."""
+    stored = write(tmp_path / "m.gguf", oracle(name), kind)
+    program = verify(gguf.load(tmp_path / "m.gguf", "m", integers=True))
+    for key, value in stored.items():
+        found, grid = read(program.params[key]), program.params[key].grid
+        assert grid == (Grid(bits, 32, True) if value.ndim == 2 else None)
+        meaning = found.dequantize() if grid else found
+        assert np.array_equal(meaning.numpy(), value), key
+        assert grid is None or int(found.codes.max()) >= 2**bits - 2
+    assert gguf.load(tmp_path / "m.gguf", "m").params[key].grid is None
+
+
+def test_integers_only_where_all_blocks_are(tmp_path):
+    """Q4_1 adds a float to every block; and one linear of another type leaves all of them in float."""
+    write(tmp_path / "m.gguf", oracle("llama"), Type.Q4_1)
+    assert not any(p.grid for p in gguf.load(tmp_path / "m.gguf", "m", integers=True).params.values())
+    write(tmp_path / "m.gguf", oracle("llama"), lambda key: Type.Q6_K if "1.mlp.down" in key else Type.Q4_0)
+    assert not any(p.grid for p in gguf.load(tmp_path / "m.gguf", "m", integers=True).params.values())
+    write(tmp_path / "m.gguf", oracle("llama"), lambda key: Type.Q4_0 if "layers" in key else Type.Q6_K)
+    found = gguf.load(tmp_path / "m.gguf", "m", integers=True).params
+    assert found["lm_head.weight"].grid is None and sum(p.grid is not None for p in found.values()) == 14
 
 
 def test_source_facts_and_version_2(tmp_path):

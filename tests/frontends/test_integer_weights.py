@@ -28,6 +28,10 @@ GRIDS = {
 }
 
 
+ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True, "group_size": None}
+"""Activations rounded per token while the model runs, as llm-compressor writes them."""
+
+
 def weights(grid):
     strategy = {0: "tensor", -1: "channel"}.get(grid.group, "group")
     size = grid.group if grid.group > 0 else None
@@ -212,7 +216,7 @@ def test_a_tied_head_of_integers(tmp_path, home):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda q: q.update(quant_method="gptq"), "'gptq'"),
+        (lambda q: q.update(quant_method="bitsandbytes"), "'bitsandbytes'"),
         (lambda q: q.update(format="float-quantized"), "float-quantized"),
         (lambda q: q.update(format="int-quantized"), "weight_packed"),
         (lambda q: q.update(quantization_status="frozen"), "frozen"),
@@ -220,7 +224,17 @@ def test_a_tied_head_of_integers(tmp_path, home):
         (lambda q: q.update(transform_config={"config_groups": {"u": {}}}), "transform_config"),
         (lambda q: q.update(sparsity_config={"format": "sparse-bitmask"}), "sparse"),
         (lambda q: q.update(config_groups={}), "no config_groups"),
-        (lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "activations"),
+        (lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "dynamic False"),
+        (
+            lambda q: q["config_groups"]["group_0"].update(input_activations=ROWS | {"strategy": "tensor"}),
+            "strategy tensor",
+        ),
+        (lambda q: q["config_groups"]["group_0"].update(input_activations=ROWS | {"num_bits": 4}), "num_bits 4"),
+        (
+            lambda q: q["config_groups"]["group_0"].update(input_activations=ROWS | {"symmetric": False}),
+            "symmetric False",
+        ),
+        (lambda q: q["config_groups"]["group_0"].update(output_activations=ROWS), "what linears yield"),
         (lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=1), "1-bit"),
         (lambda q: q["config_groups"]["group_0"]["weights"].update(type="float"), "float"),
         (

@@ -9,6 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 EPS = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24}
@@ -20,7 +21,7 @@ SHARED = {80: 166_912, 90: 232_448, "gfx942": 65_536}
 @pytest.fixture(scope="session", autouse=True)
 def bfloat16_in_the_interpreter():
     """It keeps bfloat16 as uint16, which it makes of integers as they are, multiplies as integers in `tl.dot`, and
-    truncates where it should round."""
+    truncates where it should round, float8 too."""
     from triton.runtime import interpreter
 
     builder, language = interpreter.InterpreterBuilder, interpreter.tl
@@ -37,7 +38,20 @@ def bfloat16_in_the_interpreter():
         wide = [cast(self, t, language.float32) if t.dtype.scalar == language.bfloat16 else t for t in (a, b)]
         return dot(self, *wide, *rest)
 
+    convert = builder.create_fp_to_fp
+
+    def eighths(self, source, to, mode):
+        """Float8 e4m3, which it truncates, by torch."""
+        dtypes = {language.float8e4nv: torch.float8_e4m3fn, language.float32: torch.float32}
+        there, wanted = dtypes.get(source.dtype.scalar), dtypes.get(to.scalar)
+        if there is None or wanted is None:
+            return convert(self, source, to, mode)
+        given = torch.from_numpy(np.ascontiguousarray(source.data)).view(there).reshape(source.data.shape).to(wanted)
+        stored = given if wanted == torch.float32 else given.view(torch.uint8)
+        return interpreter.TensorHandle(stored.numpy(), to.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_fp_to_fp", eighths)
         patch.setattr(builder, "cast_impl", rounding)
         patch.setattr(builder, "create_dot", product)
         yield
@@ -99,7 +113,7 @@ json.dump(found, sys.stdout)
 def described(launch):
     """A launch as JSON: types of its arguments and which of them are multiples of 16 (pointers always)."""
     names = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
-    names |= {"int8": "*i8", "int32": "*i32", "int64": "*i64"}
+    names |= {"int8": "*i8", "uint8": "*u8", "float8_e4m3fn": "*fp8e4nv", "int32": "*i32", "int64": "*i64"}
 
     def of(argument):
         if isinstance(argument, Tensor):

@@ -5,7 +5,7 @@ import torch
 
 from tpvc.compiler import ops
 from tpvc.compiler.errors import TpvcError
-from tpvc.kernels.attention import Config, Prefix, attention, attention_reference, config_for
+from tpvc.kernels.attention import Config, Prefix, attention, attention_reference, configs
 from tpvc.kernels.rope_cache import Cache, int8_reference
 
 U = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
@@ -69,6 +69,16 @@ def test_every_option(split, window, softcap, prefixed, close):
     compare(close, q, cache, ints(0, 38, 17, 1), ints(2, 40, 19, 3), Config(16, 16, split, 4, 2), **options)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_own_slots_of_a_larger_cache(int8, close):
+    q, cache = random(2, 2, 4, 16), cache_of(4, 2, 20, 16, torch.float32, int8)
+    start, lengths, slots = ints(3, 18), ints(5, 20), ints(3, 1)
+    found = compare(close, q, cache, start, lengths, scale=0.25, slots=slots)
+    parts = (cache.key, cache.value, cache.key_scale, cache.value_scale)
+    own = Cache(*(None if t is None else t[[3, 1]].contiguous() for t in parts))
+    assert torch.equal(found, attention(q, own, start, lengths, scale=0.25))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("prefixed", [False, True])
@@ -113,8 +123,8 @@ def test_large_scores_do_not_overflow(close):
 
 def test_configs_fill_a_device():
     cache = cache_of(1, 8, 4096, 16, torch.float16)
-    assert config_for(torch.zeros(1, 1, 32, 16), cache).split == 32
-    assert config_for(torch.zeros(1, 512, 32, 16), cache).split * 32 * 8 >= 256
+    assert configs(torch.zeros(1, 1, 32, 16), cache)[0].split == 32
+    assert configs(torch.zeros(1, 512, 32, 16), cache)[0].split * 32 * 8 >= 256
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -1,10 +1,7 @@
-"""The launcher, on drivers that write down what they are asked: small C libraries that stand in for libcuda and HIP."""
+"""The launcher, on drivers that write down what they are asked: `tests/fake_driver.c`, in place of libcuda and HIP."""
 
 import ctypes
-import os
-import shutil
 import struct
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,143 +14,6 @@ from tpvc.kernels.aot import Binary, Kept, Resources, Variant, variant_of
 from tpvc.kernels.launch import Launch
 from tpvc.kernels.package import read, write
 from tpvc.kernels.targets import named
-
-# Every call is a line of $FAKE_LOG: its name, then its arguments. FAKE_FAIL="cuMemAlloc_v2=2" makes a call fail. A
-# "binary" of these tests is the sizes of its parameters, so that the fake can write down the bytes it is given.
-FAKE = r"""
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifdef HIP
-#define NAME(cuda, hip) hip
-#else
-#define NAME(cuda, hip) cuda
-#endif
-#define STRING_(x) #x
-#define STRING(x) STRING_(x)
-#define CALL(cuda, hip, parameters, ...) \
-  int NAME(cuda, hip) parameters { int bad = note(STRING(NAME(cuda, hip)), __VA_ARGS__); if (bad) return bad;
-
-static int note(const char *name, const char *format, ...) {
-  FILE *log = fopen(getenv("FAKE_LOG"), "a");
-  fprintf(log, "%s", name);
-  va_list values;
-  va_start(values, format);
-  if (*format) fputc(' ', log);
-  vfprintf(log, format, values);
-  va_end(values);
-  fputc('\n', log);
-  fclose(log);
-  const char *fail = getenv("FAKE_FAIL");
-  size_t length = strlen(name);
-  return fail && !strncmp(fail, name, length) && fail[length] == '=' ? atoi(fail + length + 1) : 0;
-}
-static int number(const char *name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
-static uintptr_t handle = 0x1000;
-typedef void *H;
-typedef uint64_t P;
-
-CALL(cuInit, hipInit, (unsigned f), "%u", f) return 0; }
-CALL(cuDriverGetVersion, hipDriverGetVersion, (int *v), "")
-  *v = number("FAKE_VERSION", NAME(12080, 60342134)); return 0; }
-CALL(cuDeviceGetCount, hipGetDeviceCount, (int *n), "") *n = number("FAKE_COUNT", 2); return 0; }
-CALL(cuDeviceGet, hipDeviceGet, (int *d, int i), "%d", i) *d = i; return 0; }
-CALL(cuDeviceGetName, hipDeviceGetName, (char *s, int n, int d), "%d %d", n, d) strcpy(s, "Fake GPU"); return 0; }
-CALL(cuDeviceGetAttribute, hipDeviceGetAttribute, (int *v, int which, int d), "%d %d", which, d)
-  int cc = number("FAKE_CC", 90);
-  switch (which) {
-    case 75: *v = cc / 10; return 0;
-    case 76: *v = cc % 10; return 0;
-    case 97: *v = number("FAKE_SHARED", 232448); return 0;
-    case 74: *v = 65536; return 0;
-    default: *v = 132; return 0; } }
-CALL(cuModuleLoadData, hipModuleLoadData, (H *m, const char *code), "%s", code) *m = strdup(code); return 0; }
-CALL(cuModuleGetFunction, hipModuleGetFunction, (H *f, H m, const char *name), "%s", name) *f = m; return 0; }
-CALL(cuMemGetInfo_v2, hipMemGetInfo, (size_t *free, size_t *all), "") *free = 5; *all = 8; return 0; }
-CALL(cuMemAlloc_v2, hipMalloc, (P *p, size_t n), "%zu", n)
-  *p = (P)aligned_alloc(256, (n + 255) / 256 * 256); return 0; }
-CALL(cuMemFree_v2, hipFree, (P p), "%d", p % 256 == 0) free((H)p); return 0; }
-CALL(cuMemcpyHtoDAsync_v2, hipMemcpyHtoDAsync, (P d, H s, size_t n, H q), "%zu %p", n, q)
-  memcpy((H)d, s, n); return 0; }
-CALL(cuMemcpyDtoHAsync_v2, hipMemcpyDtoHAsync, (H d, P s, size_t n, H q), "%zu %p", n, q)
-  memcpy(d, (H)s, n); return 0; }
-CALL(cuMemcpyDtoDAsync_v2, hipMemcpyDtoDAsync, (P d, P s, size_t n, H q), "%zu %p", n, q)
-  memcpy((H)d, (H)s, n); return 0; }
-CALL(cuMemsetD8Async, hipMemsetD8Async, (P d, unsigned char b, size_t n, H q), "%u %zu %p", b, n, q)
-  memset((H)d, b, n); return 0; }
-CALL(cuStreamCreate, hipStreamCreateWithFlags, (H *q, unsigned f), "%u", f) *q = (H)(handle += 16); return 0; }
-CALL(cuStreamDestroy_v2, hipStreamDestroy, (H q), "%p", q) return 0; }
-CALL(cuStreamSynchronize, hipStreamSynchronize, (H q), "%p", q) return 0; }
-CALL(cuEventCreate, hipEventCreateWithFlags, (H *e, unsigned f), "%u", f) *e = (H)(handle += 16); return 0; }
-CALL(cuEventDestroy_v2, hipEventDestroy, (H e), "%p", e) return 0; }
-CALL(cuEventRecord, hipEventRecord, (H e, H q), "%p %p", e, q) return 0; }
-CALL(cuEventSynchronize, hipEventSynchronize, (H e), "%p", e) return 0; }
-CALL(cuEventElapsedTime, hipEventElapsedTime, (float *t, H a, H b), "%p %p", a, b) *t = 1.5; return 0; }
-CALL(cuStreamBeginCapture_v2, hipStreamBeginCapture, (H q, int mode), "%p %d", q, mode) return 0; }
-CALL(cuStreamEndCapture, hipStreamEndCapture, (H q, H *g), "%p", q) *g = (H)(handle += 16); return 0; }
-#ifndef OLD
-CALL(cuGraphInstantiateWithFlags, hipGraphInstantiateWithFlags, (H *x, H g, uint64_t f), "%p %d", g, (int)f)
-  *x = (H)(handle += 16); return 0; }
-#endif
-CALL(cuGraphDestroy, hipGraphDestroy, (H g), "%p", g) return 0; }
-CALL(cuGraphExecDestroy, hipGraphExecDestroy, (H x), "%p", x) return 0; }
-CALL(cuGraphLaunch, hipGraphLaunch, (H x, H q), "%p %p", x, q) return 0; }
-
-CALL(cuLaunchKernel, hipModuleLaunchKernel,
-     (H f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared, H q, H *args,
-      H extra),
-     "%u,%u,%u %u,%u,%u %u %p %d", x, y, z, bx, by, bz, shared, q, extra == NULL)
-  FILE *log = fopen(getenv("FAKE_LOG"), "a");
-  fprintf(log, "arguments");
-  char sizes[256], *rest = NULL;
-  strncpy(sizes, f, 255);
-  sizes[255] = 0;
-  for (char *size = strtok_r(sizes, " ,", &rest); size && atoi(size); size = strtok_r(NULL, " ,", &rest)) {
-    fputc(' ', log);
-    for (int i = 0; i < atoi(size); i++) fprintf(log, "%02x", ((unsigned char *)*args)[i]);
-    args++;
-  }
-  fputc('\n', log);
-  fclose(log);
-  return 0; }
-
-#ifdef HIP
-int hipSetDevice(int n) { return note("hipSetDevice", "%d", n); }
-int hipGetDevicePropertiesR0600(char *p, int n) {
-  strcpy(p, "AMD gfx000 card");
-  strcpy(p + 1160, getenv("FAKE_ARCH") ? getenv("FAKE_ARCH") : "gfx942:sramecc+:xnack-");
-  return note("hipGetDevicePropertiesR0600", "%d", n); }
-const char *hipGetErrorName(int code) { return code == 2 ? "hipErrorOutOfMemory" : NULL; }
-#else
-int cuDevicePrimaryCtxRetain(H *c, int d) { *c = (H)0xc0; return note("cuDevicePrimaryCtxRetain", "%d", d); }
-int cuDevicePrimaryCtxRelease_v2(int d) { return note("cuDevicePrimaryCtxRelease_v2", "%d", d); }
-int cuCtxSetCurrent(H c) { return note("cuCtxSetCurrent", "%p", c); }
-int cuFuncSetAttribute(H f, int which, int value) { return note("cuFuncSetAttribute", "%d %d", which, value); }
-int cuGetErrorName(int code, const char **name) {
-  *name = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : code == 100 ? "CUDA_ERROR_NO_DEVICE" : code == 209 ?
-    "CUDA_ERROR_NO_BINARY_FOR_GPU" : code == 500 ? "CUDA_ERROR_NOT_FOUND" : NULL;
-  return *name ? 0 : 1; }
-#endif
-"""
-
-COMPILER = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or os.name == "nt", reason="no C compiler to make the fake drivers with"
-)
-
-
-@pytest.fixture(scope="module")
-def fakes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drivers")
-    (folder / "fake.c").write_text(FAKE)
-    for name, flags in {"cuda": (), "hip": ("-DHIP",), "old": ("-DOLD",)}.items():
-        command = [COMPILER, "-shared", "-fPIC", "-w", *flags, "-o", f"{folder / name}.so", f"{folder / 'fake.c'}"]
-        subprocess.run(command, check=True)
-    return {name: f"{folder / name}.so" for name in ("cuda", "hip", "old")}
 
 
 @pytest.fixture
@@ -172,8 +32,8 @@ def log(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def gpu(fakes, log):
-    made = driver.open_device(driver.open_api("cuda", fakes["cuda"]))
+def gpu(fake_drivers, log):
+    made = driver.open_device(driver.open_api("cuda", fake_drivers["cuda"]))
     log()
     return made
 
@@ -250,8 +110,8 @@ def test_a_launch_reaches_cuda(gpu, log, tmp_path):
     assert log() == []
 
 
-def test_a_launch_reaches_hip(fakes, log, tmp_path):
-    device = driver.open_device(driver.open_api("hip", fakes["hip"]), 1)
+def test_a_launch_reaches_hip(fake_drivers, log, tmp_path):
+    device = driver.open_device(driver.open_api("hip", fake_drivers["hip"]), 1)
     assert (device.arch, device.name, device.shared, device.processors) == ("gfx942", "Fake GPU", 65_536, 132)
     log()
     driver.launcher(packaged(tmp_path, kept("hip:gfx942"), kept()), device)(launch())
@@ -357,8 +217,8 @@ def test_variants_of_launches_and_the_launcher_agree(gpu, log, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("backend", ["cuda", "hip"])
-def test_memory_streams_events_and_graphs(fakes, log, backend):
-    device = driver.open_device(driver.open_api(backend, fakes[backend]))
+def test_memory_streams_events_and_graphs(fake_drivers, log, backend):
+    device = driver.open_device(driver.open_api(backend, fake_drivers[backend]))
     log()
     numbers = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     memory = device.upload(numbers.T)
@@ -428,40 +288,40 @@ def test_errors_of_the_driver_are_one_sentence(gpu, log, tmp_path, monkeypatch, 
     assert "\n" not in str(raised.value)
 
 
-def test_errors_of_hip_have_its_names(fakes, log, monkeypatch):
-    device = driver.open_device(driver.open_api("hip", fakes["hip"]))
+def test_errors_of_hip_have_its_names(fake_drivers, log, monkeypatch):
+    device = driver.open_device(driver.open_api("hip", fake_drivers["hip"]))
     monkeypatch.setenv("FAKE_FAIL", "hipMalloc=2")
     with pytest.raises(TpvcError, match=r"failed with hipErrorOutOfMemory: the GPU is out of memory"):
         device.alloc(64)
 
 
-def test_drivers_that_cannot_be_used(fakes, log, monkeypatch):
+def test_drivers_that_cannot_be_used(fake_drivers, log, monkeypatch):
     with pytest.raises(
         TpvcError, match=r"no CUDA driver was found \(tried nowhere.so\); install it, or run without a GPU"
     ):
         driver.open_api("cuda", "nowhere.so")
     with pytest.raises(TpvcError, match=r"the CUDA driver is too old: it has no cuGraphInstantiateWithFlags; update"):
-        driver.open_api("cuda", fakes["old"])
+        driver.open_api("cuda", fake_drivers["old"])
     with monkeypatch.context() as patch:
         patch.setenv("FAKE_VERSION", "11040")
         with pytest.raises(TpvcError, match=r"it supports CUDA 11.4 and tpvc needs 12.0; update it"):
-            driver.open_api("cuda", fakes["cuda"])
+            driver.open_api("cuda", fake_drivers["cuda"])
     with monkeypatch.context() as patch:
         patch.setenv("FAKE_FAIL", "cuInit=100")
         with pytest.raises(
             TpvcError, match=r"starting the CUDA driver failed with CUDA_ERROR_NO_DEVICE: no GPU was found"
         ):
-            driver.open_api("cuda", fakes["cuda"])
+            driver.open_api("cuda", fake_drivers["cuda"])
     with pytest.raises(TpvcError, match=r"there is no GPU 2: the CUDA driver has 2; choose another number"):
-        driver.open_device(driver.open_api("cuda", fakes["cuda"]), 2)
+        driver.open_device(driver.open_api("cuda", fake_drivers["cuda"]), 2)
     monkeypatch.setenv("FAKE_ARCH", "unknown")
     with pytest.raises(TpvcError, match=r"GPU 0 does not say what it is; expected a name like gfx942"):
-        driver.open_device(driver.open_api("hip", fakes["hip"]))
+        driver.open_device(driver.open_api("hip", fake_drivers["hip"]))
 
 
-def test_the_fake_has_every_call(fakes):
+def test_the_fake_has_every_call(fake_drivers):
     for backend in ("cuda", "hip"):
-        library = ctypes.CDLL(fakes[backend])
+        library = ctypes.CDLL(fake_drivers[backend])
         for cuda, hip, _ in driver.CALLS.values():
             name = hip if backend == "hip" else cuda
             assert not name or hasattr(library, name)

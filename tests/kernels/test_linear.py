@@ -7,7 +7,7 @@ from tpvc.compiler.adapters.road import Rotation
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, QTensor
 from tpvc.kernels.linear import Bank, Config, configs, linear, linear_reference
-from tpvc.kernels.slab import dequantise, length, pack
+from tpvc.kernels.slab import dequantise, length, pack, pack_floats
 
 EPS = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
 
@@ -54,6 +54,17 @@ def test_every_width_and_number_of_rows(bits, rows):
     x = torch.randn(rows, weight.depth, generator=torch.Generator().manual_seed(rows)).to(dtype)
     bias = torch.randn(72).to(dtype) if rows != 4 else None
     compare(linear(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_floats(dtype, rows):
+    """Weights that were not rounded, with a bias and a rotation."""
+    weight = pack_floats(torch.randn(64, 200, generator=torch.Generator().manual_seed(1)).to(dtype))
+    x = torch.randn(rows, 200, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    compare(linear(x, weight), x, weight)
+    bias, bank, ids = torch.randn(64).to(dtype), bank_of(64, 1, 32, dtype), torch.zeros(rows, dtype=torch.int32)
+    compare(linear(x, weight, bias, bank, ids), x, weight, bias, bank, ids)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -118,6 +129,7 @@ def test_what_does_not_belong_together_is_refused():
         return str(error.value)
 
     assert "float16 [2, 32]; expected contiguous rows of 64" in refused(torch.zeros(2, 32).half(), weight)
+    assert "16 bits and float weights 32" in refused(x, pack_floats(torch.zeros(64, 64)))
     assert "int64 [2, 64]" in refused(torch.zeros(2, 64, dtype=torch.int64), weight)
     assert "the bias has shape [3]" in refused(x, weight, torch.zeros(3))
     assert "come together" in refused(x, weight, None, bank)

@@ -79,6 +79,20 @@ def test_turns_and_writes(new, heads, kv_heads, width, half, dtype, int8, close)
     assert bool((found[2] == 0).all()) and bool((found[1, new - 1] == 0).all())
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_own_slots_of_a_larger_cache(int8):
+    q, k, v = (random(2, 3, 2, 8, seed=s) for s in range(3))
+    start, lengths, slots = ints(0, 4), ints(3, 6), ints(3, 1)
+    cache = empty(4, 2, 9, 8, torch.float32, int8)
+    (_, mine), (_, theirs) = both(q, k, v, cache, start, lengths, None, None, slots)
+    assert torch.equal(mine.key, theirs.key) and torch.equal(mine.value, theirs.value)
+    own = empty(2, 2, 9, 8, torch.float32, int8)
+    rope_cache(q, k, v, own, start, lengths)
+    assert torch.equal(mine.key[[3, 1]], own.key) and bool((mine.key[[0, 2]] == 7).all())
+    with pytest.raises(TpvcError, match="slots is int64"):
+        rope_cache(q, k, v, cache, start, lengths, None, None, slots.long())
+
+
 @pytest.mark.parametrize("half,width", [(4, 8), (3, 16)])
 def test_the_reference_is_the_op(half, width, close):
     inv_freq = tuple(10.0**-j for j in range(half))

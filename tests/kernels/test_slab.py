@@ -5,7 +5,7 @@ import torch
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, QTensor
-from tpvc.kernels.slab import SUB, dequantise, length, pack, unpack
+from tpvc.kernels.slab import SUB, dequantise, length, pack, pack_floats, unpack
 
 
 def drawn(out, depth, bits, group, symmetric, dtype=torch.float16, seed=0):
@@ -58,6 +58,17 @@ def test_dequantised_in_half_is_rounded_once():
     value = drawn(8, 64, 4, 32, False)
     assert torch.equal(dequantise(pack(value), torch.float16), value.dequantize().half())
     assert torch.equal(dequantise(pack(value), torch.float32), value.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_floats_are_kept_by_their_bits(dtype):
+    value = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    value[0, :3] = torch.tensor([float("inf"), -0.0, 2e-7])
+    slabs = pack_floats(value)
+    assert slabs.scale is None and slabs.words.shape == (48 * dtype.itemsize // 4 if dtype.itemsize == 4 else 32, 5)
+    back = dequantise(slabs, dtype)
+    bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+    assert torch.equal(back.view(bits), value.view(bits))
 
 
 def test_groups_that_a_product_would_span_are_refused():

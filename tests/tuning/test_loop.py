@@ -3,10 +3,11 @@
 from contextlib import suppress
 from itertools import pairwise
 
+import pytest
 import torch
 
 from tpvc.compiler.store import BlockStore
-from tpvc.compiler.tuning.loop import TOGETHER, Schedule, batch_indices, tune
+from tpvc.compiler.tuning.loop import TOGETHER, Diverged, Schedule, batch_indices, descend, tune
 from tpvc.compiler.tuning.loss import Answers
 
 SCHEDULE = Schedule(steps=37, batch=2, lr=0.5, warmup=0.1, seed=3)
@@ -93,3 +94,43 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert (found.curve, found.checks, found.step) == (whole.curve, whole.checks, whole.step)
     again = Problem()
     assert torch.equal(again.run(tmp_path / "whole").best["x"], whole.best["x"]) and not again.seen
+
+
+def _counting(directory, stop=None, bad=None):
+    """descend on the same problem, with steps that also count themselves in a tensor; (what it returned, the count)."""
+    problem, count = Problem(), torch.zeros((), dtype=torch.int64)
+
+    def step(optimizer, indices, number):
+        if number == stop:
+            raise KeyboardInterrupt
+        if number == bad:
+            return [float("nan"), 0.0]
+        optimizer.zero_grad()
+        loss = problem.loss(indices)
+        loss.backward()
+        optimizer.step()
+        count.add_(number)
+        return [loss.item(), float(number)]
+
+    store = BlockStore.open(directory, {})
+    found = descend(
+        problem.params, LENGTHS, step, lambda: [problem.validate().loss, 0.5], SCHEDULE, store, also={"count": count}
+    )
+    return found, int(count), problem.params["x"].detach()
+
+
+def test_what_steps_change_beside_the_parameters_is_kept_too(tmp_path):
+    whole, count, x = _counting(tmp_path / "whole")
+    assert count == sum(range(37)) and [c[2] for c in whole.curve][:2] == [1.5, 5.5]
+    with suppress(KeyboardInterrupt):
+        _counting(tmp_path / "stopped", stop=23)
+    assert _counting(tmp_path / "stopped")[1] == count
+    again, count_again, x_again = _counting(tmp_path / "whole")  # finished: as it was left
+    assert count_again == count and torch.equal(x_again, x) and again.curve == whole.curve
+
+
+def test_a_run_that_diverges_says_how_far_it_was(tmp_path):
+    with pytest.raises(Diverged, match="the loss is nan at step 18; expected a finite number") as caught:
+        _counting(tmp_path, bad=18)
+    assert caught.value.step == 18 and caught.value.tuned.checks[-1][0] == 16
+    assert 0 < caught.value.tuned.step <= 16 and BlockStore(tmp_path).finished(4) is not None

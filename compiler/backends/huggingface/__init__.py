@@ -1,4 +1,5 @@
-"""Program -> a Hugging Face checkpoint that transformers loads as it stands (compressed-tensors integer weights)."""
+"""Program -> a Hugging Face checkpoint with integer weights: compressed-tensors, which transformers loads as it stands,
+GPTQ or AWQ."""
 
 from __future__ import annotations
 
@@ -8,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from tpvc.compiler.adapters import prompt_files, road_files
+from tpvc.compiler.backends.huggingface import awq, gptq
 from tpvc.compiler.backends.huggingface.layout import layout
 from tpvc.compiler.backends.huggingface.stream import write
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ADAPTERS, PROMPTS
-from tpvc.compiler.program import Program
+from tpvc.compiler.program import Program, sha256
+
+PACKED = {
+    "gptq": lambda program: gptq.layout(program, 1),
+    "gptq_v2": lambda program: gptq.layout(program, 2),
+    "awq": awq.layout,
+}
+"""Formats that are not compressed-tensors."""
 
 
 def emit(
@@ -22,13 +31,13 @@ def emit(
 
     model.safetensors, or shards of 5 GB and their index; config.json with `quantization_config`; the tokenizer's files
     (none when `tokenizer` is None); generation_config.json, the source's own or made from its special tokens; and
-    tpvc.json: `manifest` with notes and the bytes of the weights filled in. Adapters go to `adapters/NAME`, prompts to
-    `prompts/NAME`, in PEFT's format. The same input gives the same bytes.
+    tpvc.json: `manifest` with notes, the bytes of the weights and the hashes of all files filled in. Adapters go to
+    `adapters/NAME`, prompts to `prompts/NAME`, in PEFT's format. The same input gives the same bytes.
 
     runtime  "transformers" (with compressed-tensors) loads every grid; "vllm" gives asymmetric zero points and tied
-             integer heads the layout that vLLM expects and transformers 5.23 refuses.
+             integer heads the layout that vLLM expects and transformers 5.23 refuses; or a key of `PACKED`.
     """
-    plan = layout(program, runtime)
+    plan = PACKED[runtime](program) if runtime in PACKED else layout(program, runtime)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files = write(directory, plan.pieces)
@@ -42,7 +51,8 @@ def emit(
             about = prompt_files.about(program)
             prompt_files.write(prompt, directory / PROMPTS / prompt.name, about, {"origin": dict(prompt.origin)})
         size = {**manifest.get("size", {}), "bytes": sum(files.values())}
-        _json(directory / "tpvc.json", {**manifest, "size": size, "notes": list(plan.notes)})
+        hashes = {p.relative_to(directory).as_posix(): sha256(p) for p in sorted(directory.rglob("*")) if p.is_file()}
+        _json(directory / "tpvc.json", {**manifest, "size": size, "notes": list(plan.notes), "files": hashes})
     except OSError as error:
         reason = error.strerror or error
         raise TpvcError(f"cannot write to '{directory}': {reason}; free some space or choose another -o") from error

@@ -10,7 +10,17 @@ import torch
 from tpvc.compiler.backends.huggingface.stream import Piece
 from tpvc.compiler.compressed_tensors_format import Form, entries, quantization_config, to_tensors
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Parameter, Program, QTensor, bank_params, grid_of, linears, read
+from tpvc.compiler.program import (
+    Parameter,
+    Program,
+    QTensor,
+    bank_params,
+    grid_of,
+    linears,
+    read,
+    rounded_inputs,
+)
+from tpvc.passes.reorder import check_order
 
 RUNTIMES = ("transformers", "vllm")
 HEAD = "lm_head"
@@ -32,6 +42,7 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
 
     if runtime not in RUNTIMES:
         raise TpvcError(f"runtime is '{runtime}', expected one of {', '.join(RUNTIMES)}")
+    check_order(program, "compressed-tensors")
     config = {k: v for k, v in program.source.config.items() if k != "quantization_config"}
     transposed = architecture(config).transposed
     readers: dict[str, set[str]] = {}
@@ -40,18 +51,26 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
             readers.setdefault(name, set()).add(node.op)
 
     pieces, modules, notes = [], {}, []
-    beside = bank_params(program)
+    beside, rounded = bank_params(program), rounded_inputs(program)
     for name, param in program.params.items():
         if name in beside:
             continue
         module, grid = name.removesuffix(".weight"), grid_of(param)
         embeds, tied = "embed" in readers.get(name, ()), {"embed", "linear"} <= readers.get(name, set())
-        form = Form(packed=not embeds, packed_zeros=runtime == "vllm")
+        rows = rounded.get(name)
+        packed = not embeds and (rows != "int8" or (grid is not None and grid.bits < 8))
+        form = Form(packed, packed_zeros=runtime == "vllm" and packed, activations=rows)
+        if rows is not None and (grid is None or embeds):
+            what = "is in float" if grid is None else "is also an embedding"
+            raise TpvcError(
+                f"'{name}' {what} and reads rows rounded to {rows}, which compressed-tensors has no form for; round the"
+                " linears of the blocks alone, weights and activations"
+            )
         if grid is None:
-            pieces.append(_float(name, param, name in transposed))
+            pieces.append(float_piece(name, param, name in transposed))
         elif embeds and runtime == "vllm":
-            dtype = _float_dtype(config)
-            pieces.append(_rounded(name, param, dtype))
+            dtype = float_dtype(config)
+            pieces.append(rounded_piece(name, param, dtype))
             notes.append(f"'{name}' is an integer table, which vLLM does not read: written rounded to {dtype}")
             if tied:
                 form, config["tie_word_embeddings"] = Form(packed_zeros=True), False
@@ -78,7 +97,8 @@ def _module(name: str, readers: set[str]) -> str:
     return HEAD if "embed" in readers else name.removesuffix(".weight")
 
 
-def _float(name: str, param: Parameter, transposed: bool) -> Piece:
+def float_piece(name: str, param: Parameter, transposed: bool) -> Piece:
+    """A float parameter as it is; `transposed` where the checkpoint stores it [in, out]."""
     shape, dtype = tuple(param.shape), param.dtype
 
     def make() -> dict[str, torch.Tensor]:
@@ -88,7 +108,8 @@ def _float(name: str, param: Parameter, transposed: bool) -> Piece:
     return Piece({name: (dtype, shape[::-1] if transposed else shape)}, make)
 
 
-def _rounded(name: str, param: Parameter, dtype: torch.dtype) -> Piece:
+def rounded_piece(name: str, param: Parameter, dtype: torch.dtype) -> Piece:
+    """What the integers of a parameter mean, rounded once to `dtype`."""
     return Piece({name: (dtype, tuple(param.shape))}, lambda: {name: read(param).dequantize().to(dtype)})
 
 
@@ -107,6 +128,7 @@ def _integers(owners: Iterable[str], param: Parameter, form: Form) -> Piece:
     return Piece({name: local[n] for name, n in names.items()}, make)
 
 
-def _float_dtype(config: dict) -> torch.dtype:
+def float_dtype(config: dict) -> torch.dtype:
+    """The dtype of a model's float weights, by its config.json."""
     name = config.get("dtype") or config.get("torch_dtype")
     return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(name, torch.float32)

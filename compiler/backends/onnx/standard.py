@@ -19,6 +19,7 @@ from tpvc.compiler.backends.onnx import weights
 from tpvc.compiler.backends.onnx.adapters import INPUT, bank
 from tpvc.compiler.backends.onnx.fusions import NOTHING, Plan, features, head_dim
 from tpvc.compiler.backends.onnx.graph import Graph
+from tpvc.compiler.ops import ROW_FLOOR, ROW_RANGE
 from tpvc.compiler.program import Node, Program, dense, grid_of, read
 
 LAST = np.iinfo(np.int64).max
@@ -107,6 +108,28 @@ def linear(c: Context, node: Node) -> ir.Value:
         matrix = g.once(("matrix", name), lambda: g.weight(f"{name}.transposed", dense(parameter).numpy().T))
     out = g.op("MatMul", value_of(c, node.inputs[0]), matrix, name=node.name)
     return out if "bias" not in node.params else g.op("Add", out, c.vector(node.params["bias"]), name=node.name)
+
+
+def reorder(c: Context, node: Node) -> ir.Value:
+    """One table of indices for all nodes of one order."""
+    order, name = node.attrs["order"], f"{node.name}.order"
+    table = c.graph.once(("order", order), lambda: c.graph.weight(name, np.array(order, np.int64)))
+    return c.graph.op("Gather", value_of(c, node.inputs[0]), table, name=node.name, axis=-1)
+
+
+def round_rows(c: Context, node: Node) -> ir.Value:
+    """Codes times scales; `Round` goes half way to the even neighbour, as the cast to float8 does."""
+    g, x, kind, name = c.graph, value_of(c, node.inputs[0]), node.attrs["kind"], node.name
+    largest = g.op("ReduceMax", g.op("Abs", x, name=name), g.constant([-1]), name=name, keepdims=1)
+    largest = g.op("Max", largest, g.constant(ROW_FLOOR, np.float32), name=name)
+    scale = g.op("Div", largest, g.constant(ROW_RANGE[kind], np.float32), name=name)
+    codes = g.op("Div", x, scale, name=name)
+    if kind == "int8":
+        codes = g.op("Round", codes, name=name)
+    else:
+        codes = g.op("Cast", codes, name=name, to=ir.DataType.FLOAT8E4M3FN)
+        codes = g.op("Cast", codes, name=name, to=ir.DataType.FLOAT)
+    return g.op("Mul", codes, scale, name=name)
 
 
 def rms_norm(c: Context, node: Node) -> ir.Value:
@@ -378,6 +401,8 @@ def _pairwise(kind: str) -> Lower:
 STANDARD: dict[str, Lower] = {
     "embed": embed,
     "linear": linear,
+    "reorder": reorder,
+    "round_rows": round_rows,
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
     "rope": rope,

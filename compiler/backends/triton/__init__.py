@@ -10,31 +10,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-from tpvc.compiler.backends.triton.engine import CHUNKS, Engine, Model, Task, Tiles, model_of
-from tpvc.compiler.backends.triton.steps import Step
+from tpvc.compiler.backends.triton.engine import CHUNKS, ROWS
+from tpvc.compiler.backends.triton.forward import Choices, Pass, Want, blank, forward, tables
+from tpvc.compiler.backends.triton.model import Model, Task, model_of
+from tpvc.compiler.backends.triton.on_torch import caches_of
+from tpvc.compiler.backends.triton.plan import recorded
+from tpvc.compiler.backends.triton.steps import Step, kinds_of
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json, stored_in
 from tpvc.compiler.program import Facts, Program
 from tpvc.compiler.progress import Progress, silent
-from tpvc.kernels import linear
-from tpvc.kernels.launch import Launch, Run
+from tpvc.kernels.attention import Prefix
+from tpvc.kernels.launch import Launch
+from tpvc.kernels.rope_cache import Cache
 from tpvc.kernels.slab import Slabs
-from tpvc.kernels.targets import Target
+from tpvc.kernels.targets import TARGETS, Target
 
-FILE, WEIGHTS, KERNELS, FORMAT = "triton.json", "model.safetensors", "kernels", 1
-SLOTS = (1, 2, 4, 8, 16, 32)
-"""Texts at a time for which kernels are built."""
-ROWS = tuple(sorted({*SLOTS, *CHUNKS}))
-"""Rows that a linear may have: a token of every slot, or a piece of one prompt."""
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+if TYPE_CHECKING:
+    from tpvc.compiler.backends.triton.on_gpu import OnGpu
+
+FILE, WEIGHTS, KERNELS, FORMAT = "triton.json", "model.safetensors", "kernels", 2
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int8)}
 
 
 def emit(
@@ -43,26 +47,36 @@ def emit(
     tokenizer: Any,
     targets: Sequence[Target],
     dtype: torch.dtype,
+    cache: torch.dtype | None = None,
     *,
     capacity: int | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write the package into the empty `directory`. dtype: of activations and caches, float16 or bfloat16; capacity:
-    tokens of a text, None: 4,096 or the model's context. The same input gives the same bytes."""
+    """Write the package into the empty `directory`. dtype: of activations, float16 or bfloat16; cache: of keys
+    and values, int8 or None for `dtype`; capacity: tokens of a text, None: 4,096 or the model's context. The same input
+    gives the same bytes."""
     from tpvc.kernels import aot, package
 
-    model = model_of(program, dtype)
+    model = model_of(program, dtype, cache)
+    if "fp8" in kinds_of(model.steps).values() and not all(target.fp8 for target in targets):
+        names = ", ".join(target.name for target in targets if not target.fp8)
+        able = ", ".join(target.name for target in TARGETS if target.fp8)
+        raise TpvcError(
+            f"activations are rounded to fp8, which {names} cannot multiply; leave them out, choose among {able}, or"
+            " quantise with --activations int8"
+        )
     capacity = min(4096, program.facts.context_length) if capacity is None else capacity
     tensors, kinds = _stored(model)
     save_file(tensors, directory / WEIGHTS, {"format": "pt"})
     described = {
         "format": FORMAT,
         "dtype": str(dtype).removeprefix("torch."),
+        "cache": str(model.cache).removeprefix("torch."),
         "facts": asdict(model.facts),
         "capacity": capacity,
-        "slots": list(SLOTS),
+        "slots": ROWS[-1],
         "adapters": list(model.adapters),
-        "tasks": [asdict(task) for task in model.prompts],
+        "tasks": [asdict(task) for task in model.tasks],
         "params": kinds,
         "steps": [asdict(step) for step in model.steps],
     }
@@ -82,10 +96,12 @@ def _stored(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, 
             kinds[name] = {"kind": "slabs", **sizes}
         else:
             tensors[name], kinds[name] = value.contiguous(), {"kind": "tensor"}
+    for layer, prefix in enumerate(model.prefixes):
+        tensors |= {f"prefix.{layer}.key": prefix.key, f"prefix.{layer}.value": prefix.value}
     return tensors, kinds
 
 
-def read(directory: Path, device: str = "cpu") -> Model:
+def read(directory: Path) -> Model:
     """The model of a package. TpvcError, one sentence, for a file that is damaged or missing."""
     path = directory / FILE
     if not path.is_file():
@@ -97,12 +113,12 @@ def read(directory: Path, device: str = "cpu") -> Model:
     for name, kind in found["params"].items():
         parts = ("words", "high", "scale", "zero") if kind["kind"] == "slabs" else ("",)
         held = {part: f"{name}.{part}" if part else name for part in parts}
-        tensors = {part: there[own].read().to(device) for part, own in held.items() if own in there}
+        tensors = {part: there[own].read() for part, own in held.items() if own in there}
         if ("words" if kind["kind"] == "slabs" else "") not in tensors:
             raise TpvcError(f"{directory / WEIGHTS} lacks '{name}', which {FILE} names; use an intact copy")
         if kind["kind"] == "slabs":
             sizes = {key: kind[key] for key in ("depth", "bits", "group", "middle")}
-            params[name] = Slabs(tensors["words"], tensors.get("high"), tensors["scale"], tensors.get("zero"), **sizes)
+            params[name] = Slabs(tensors["words"], *map(tensors.get, ("high", "scale", "zero")), **sizes)
         else:
             params[name] = tensors[""]
     facts = Facts(**{**found["facts"], "eos": tuple(found["facts"]["eos"])})
@@ -110,34 +126,27 @@ def read(directory: Path, device: str = "cpu") -> Model:
         Step(s["op"], tuple(s["inputs"]), tuple(s["outputs"]), s["params"], s["attrs"]) for s in found["steps"]
     )
     tasks = tuple(Task(**task) for task in found["tasks"])
-    return Model(steps, params, facts, tuple(found["adapters"]), tasks, DTYPES[found["dtype"]], device)
+    counts = torch.tensor([task.tokens for task in tasks], dtype=torch.int32)
+    layers = [i for i, _ in enumerate(s for s in steps if s.op == "attend")] if tasks else []
+    prefixes = tuple(Prefix(*(there[f"prefix.{i}.{part}"].read() for part in ("key", "value")), counts) for i in layers)
+    dtype, cache = DTYPES[found["dtype"]], DTYPES[found["cache"]]
+    return Model(steps, params, facts, tuple(found["adapters"]), tasks, prefixes, dtype, cache)
 
 
-def launcher_of(directory: Path) -> Run:
-    """How the package's kernels are launched on the first GPU of this machine, on torch's current stream."""
+def on_gpu(directory: Path, backend: str, slots: int = 1, progress: Progress = silent) -> OnGpu:
+    """The package on the first GPU of this machine. backend: cuda or hip."""
+    from tpvc.compiler.backends.triton import tiles
+    from tpvc.compiler.backends.triton.on_gpu import OnGpu
     from tpvc.kernels import driver, package
 
-    api = driver.open_api("hip" if torch.version.hip else "cuda")
-    stream = lambda: torch.cuda.current_stream().cuda_stream  # noqa: E731
-    return driver.launcher(package.read(directory / KERNELS), driver.open_device(api), stream)
-
-
-def tiles_of(directory: Path, model: Model, run: Run, progress: Progress = silent) -> Tiles:
-    """The package's quickest tiles on torch's GPU, measured at the first start."""
-    from tpvc.compiler.backends.triton import tiles
-    from tpvc.kernels import package
-
-    def clock(work: Callable[[], None]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(20):
-            work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 20e3
-
-    path = tiles.file_of(directory / KERNELS / package.MANIFEST, torch.cuda.get_device_name())
-    return tiles.kept(path, lambda: tiles.chosen(model, linears_of(model), ROWS, run, clock, progress))
+    model, kernels = read(directory), package.read(directory / KERNELS)
+    device = driver.open_device(driver.open_api(backend))
+    launcher = lambda stream: driver.launcher(kernels, device, stream)  # noqa: E731
+    gpu = OnGpu(model, slots, capacity_of(directory), device, launcher)
+    path = tiles.file_of(directory / KERNELS / package.MANIFEST, device.name)
+    _, choices = asked(model, gpu.capacity, shapes_of([n for n in ROWS if n < 2 * slots]), gpu.caches)
+    gpu.tiles = tiles.kept(path, lambda: tiles.chosen(choices, gpu.seconds, progress))
+    return gpu
 
 
 def capacity_of(directory: Path) -> int:
@@ -145,10 +154,12 @@ def capacity_of(directory: Path) -> int:
     return read_json(directory / FILE)["capacity"]
 
 
-def candidates(model: Model, capacity: int) -> dict[str, list[tuple[Any, ...]]]:
+def candidates(model: Model, capacity: int, rows: Sequence[int] | None = None) -> dict[str, list[tuple[Any, ...]]]:
     """{operation and sizes: ways to launch it, each a tuple of variants}: what the engine asks for with any number of
-    slots, and for linears some tiles more to choose from."""
+    slots, and for linears some tiles more to choose from. rows: of a decoding pass, None for the engine's."""
     from tpvc.kernels.aot import variant_of
+
+    shapes = shapes_of(ROWS if rows is None else rows)
 
     found: dict[str, list[tuple[Any, ...]]] = {}
 
@@ -157,45 +168,31 @@ def candidates(model: Model, capacity: int) -> dict[str, list[tuple[Any, ...]]]:
         if way not in found.setdefault(key, []):
             found[key].append(way)
 
-    for launches in _asked(model, capacity):
-        for launch in launches:
-            if not launch.kernel.startswith("linear:"):
-                digest = hashlib.sha256(variant_of(launch).key().encode()).hexdigest()
-                add(f"{launch.kernel} {digest[:12]}", [launch])
-    for sort, (weight, bias, bank) in linears_of(model).items():
-        for rows in ROWS:
-            x = torch.zeros(rows, weight.depth, dtype=model.dtype)
-            ids = None if bank is None else torch.zeros(rows, dtype=torch.int32)
-            for config in linear.configs(rows, weight, None if bank is None else bank.group):
-                launches: list[Launch] = []
-                linear.linear(x, weight, bias, bank, ids, config=config, run=launches.append)
-                add(f"linear {sort} rows {rows}", launches)
+    launches, choices = asked(model, capacity, shapes)
+    chosen = tuple(f"{module}:" for module in ("linear", "linear_a8", "attention"))
+    for launch in launches:
+        if not launch.kernel.startswith(chosen):
+            digest = hashlib.sha256(variant_of(launch).key().encode()).hexdigest()
+            add(f"{launch.kernel} {digest[:12]}", [launch])
+    for (sort, count), works in choices.items():
+        for work in works.values():
+            add(f"{sort} rows {count}", recorded(lambda run, work=work: work(run=run))[0])
     return found
 
 
-def _asked(model: Model, capacity: int) -> Iterator[list[Launch]]:
-    """What an engine launches: for prompts in chunks, and for a token of every slot."""
-    for slots in SLOTS:
-        launches: list[Launch] = []
-        engine = Engine(model, slots, capacity, run=launches.append)
-        if slots == 1:
-            for chunk in CHUNKS:
-                engine.lengths[0] = 0
-                engine.admit([0] * min(chunk, capacity))
-                engine.release(0)
-        logits = engine.decode(torch.zeros(slots, dtype=torch.int64))
-        engine.greedy(logits)
-        yield launches
+def shapes_of(rows: Sequence[int]) -> list[tuple[int, int, Want]]:
+    """(rows, tokens a row, what is wanted) of every pass of an engine whose decoding passes have so many rows."""
+    prompts = [(1, size, want) for size in CHUNKS for want in ("nothing", "logits", "greedy", "sample")]
+    return prompts + [(count, 1, want) for count in rows for want in ("logits", "greedy", "sample")]
 
 
-def linears_of(model: Model) -> dict[str, tuple[Slabs, Any, Any]]:
-    """One (weight, bias, bank) of every sort of integer linear."""
-    found = {}
-    for step in model.steps:
-        weight = model.params[step.params["weight"]] if step.op == "linear" else None
-        if isinstance(weight, Slabs):
-            params = {role: model.params[name] for role, name in step.params.items()}
-            turns = "cosine" in params
-            bank = linear.Bank(params["cosine"], params["sine"], step.attrs["group"]) if turns else None
-            found.setdefault(linear.sort(weight, params.get("bias"), bank), (weight, params.get("bias"), bank))
-    return found
+def asked(
+    model: Model, capacity: int, shapes: Sequence[tuple[int, int, Want]], caches: Sequence[Cache] | None = None
+) -> tuple[list[Launch], Choices]:
+    """What passes of such shapes launch, and for what they may choose tiles. caches: none for imagined ones."""
+    caches = caches_of(model, ROWS[-1], capacity, "meta") if caches is None else caches
+    turning, launches, choices = tables(model, model.facts.context_length), [], {}
+    for rows, size, want in shapes:
+        now = Pass(model, blank(model, rows, size, "meta"), caches, turning, None, {}, {}, choices)
+        launches += recorded(lambda run, now=now, want=want: forward(replace(now, run=run), want))[0]
+    return launches, choices

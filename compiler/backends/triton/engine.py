@@ -1,294 +1,158 @@
-"""Run a Program with the kernels: rows of their own length, adapter and prompt, over one cache of slots.
+"""Texts in slots: rows of their own length, adapter and prompt, that come and go while others go on.
 
-A slot holds one text. `admit` fills a free slot and computes its prompt; `decode` takes the next token of every slot
-that is in use; `release` frees one. So rows come and go while others go on. With `run` None every kernel is computed by
-its reference in torch, on any device: what the kernels are checked against, and how a package runs without a GPU.
+`admit` puts a text into a free slot and computes its prompt; `decode` takes a token for some of the slots that are in
+use; `release` frees one. What computes a pass is given: the references on a CPU (`on_torch.py`) or a GPU (`on_gpu.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tpvc.compiler.backends.triton.steps import Step, steps
+from tpvc.compiler.backends.triton.forward import Batch, Want, turns_of
+from tpvc.compiler.backends.triton.model import Model, adapter_id, task_id, task_ids
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Facts, Program, QTensor, dense, prompt_ids, read
-from tpvc.kernels import activation, attention, linear, norm, rope_cache, sampling
-from tpvc.kernels.launch import Run
-from tpvc.kernels.rope_cache import Cache, Rotary, rotary
-from tpvc.kernels.slab import Slabs, columns, dequantise, pack
 
 CHUNKS = (16, 128)
 """A prompt is computed in pieces of these many tokens, the last one filled up, so that few shapes of kernels do."""
+ROWS = (1, 2, 4, 8, 16, 32)
+"""Rows of a decoding pass: filled up to the next of these numbers."""
 
 
-Tiles = Mapping[tuple[str, int], linear.Config]
-"""(sort of linear, rows) -> its tiles; what is not there takes the first of `linear.configs`."""
+class Compute(Protocol):
+    """slots texts of `capacity` tokens; called with a batch, whose tensors lie in main memory."""
+
+    model: Model
+    slots: int
+    capacity: int
+
+    def __call__(self, batch: Batch, want: Want) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
-class Task:
-    """A soft prompt that the model carries: its rows are a parameter of the step `virtual_tokens`."""
+class Draw:
+    """How a token is drawn: of the likeliest that hold `top_p` of the probability at `temperature`, above 0, with a
+    random number `uniform` in [0, 1)."""
 
-    name: str
-    tokens: int
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """What a package holds: steps, and parameters as the kernels take them.
-
-    params  tensors in `dtype` on `device`, or Slabs; caches are in `dtype` too
-    """
-
-    steps: tuple[Step, ...]
-    params: Mapping[str, Tensor | Slabs]
-    facts: Facts
-    adapters: tuple[str, ...]
-    prompts: tuple[Task, ...]
-    dtype: torch.dtype
-    device: str
+    temperature: float
+    top_p: float
+    uniform: float
 
 
-def model_of(program: Program, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
-    """A Program's parameters in the kernels' layout."""
-    planned, params = steps(program), {}
-    for step in planned:
-        for name in step.params.values():
-            value = read(program.params[name])
-            if isinstance(value, QTensor) and step.op in ("linear", "embed"):
-                params[name] = params.get(name) or _moved(pack(value), device)
-            else:
-                params[name] = dense(program.params[name]).to(device, dtype)
-    names, tasks = tuple(a.name for a in program.adapters), tuple(Task(p.name, p.tokens) for p in program.prompts)
-    return Model(planned, params, program.facts, names, tasks, dtype, device)
-
-
-def _moved(slabs: Slabs, device: str) -> Slabs:
-    return replace(slabs, **{name: t.to(device) for name, t in slabs.tensors.items()})
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Some slots' new tokens: ids int64 [B, T], padded on the right; start and lengths int32 [B], tokens of the slot
-    before and after; positions int32 [B, T]; adapters int32 [B]; caches of the slots, by layer."""
-
-    ids: Tensor
-    start: Tensor
-    lengths: Tensor
-    positions: Tensor
-    adapters: Tensor
-    caches: Sequence[Cache]
+LIKELIEST = Draw(1e-4, 0.0, 0.0)
+"""Beside rows that draw: at this temperature nothing but equals of the largest logit is left."""
 
 
 @dataclass(eq=False)
 class Engine:
-    """slots  texts at a time; capacity: tokens of each; run: how kernels are launched, None for their references;
-    tiles: those of the linears, by measurement (`tiles.py`)"""
+    """What is in the slots: tokens of each in the cache, its adapter, its task and the tokens of its prompt there."""
 
-    model: Model
-    slots: int = 1
-    capacity: int = 0
-    run: Run | None = None
-    tiles: Tiles = field(default_factory=dict)
-    lengths: Tensor = field(init=False)
-    adapters: Tensor = field(init=False)
+    compute: Compute
+    lengths: list[int] = field(init=False)
+    owners: list[tuple[int, int, int]] = field(init=False)
     free: list[int] = field(init=False)
-    caches: list[Cache] = field(init=False)
-    tables: dict[str, Rotary] = field(init=False, default_factory=dict)
-    floats: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        model = self.model
-        self.capacity = self.capacity or model.facts.context_length
-        if self.capacity > model.facts.context_length:
+        slots, context = self.compute.slots, self.model.facts.context_length
+        if not 0 < self.compute.capacity <= context:
             raise TpvcError(
-                f"a capacity of {self.capacity} tokens is beyond the model's context of {model.facts.context_length};"
-                " ask for less"
+                f"a capacity of {self.compute.capacity} tokens was asked of a model with a context of {context};"
+                " ask for less, but one at least"
             )
-        self.lengths = torch.zeros(self.slots, dtype=torch.int32, device=model.device)
-        self.adapters = torch.full((self.slots,), -1, dtype=torch.int32, device=model.device)
-        self.free = list(range(self.slots))[::-1]
-        self.caches = [self._cache(step) for step in model.steps if step.op == "attend"]
+        if not 0 < slots <= ROWS[-1]:
+            raise TpvcError(f"{slots} slots were asked for; expected 1 to {ROWS[-1]}")
+        self.lengths, self.owners = [0] * slots, [(-1, -1, 0)] * slots
+        self.free = list(range(slots))[::-1]
 
-    def _cache(self, step: Step) -> Cache:
-        shape = (self.slots, step.attrs["kv_heads"], self.capacity, self.model.facts.head_dim)
-        return Cache(*(torch.zeros(shape, dtype=self.model.dtype, device=self.model.device) for _ in range(2)))
+    @property
+    def model(self) -> Model:
+        return self.compute.model
 
-    def admit(self, ids: Sequence[int], adapter: str | None = None, task: str | None = None) -> tuple[int, Tensor]:
-        """Put a text into a free slot; returns (the slot, logits [vocab] after its last token).
+    def admit(
+        self,
+        ids: Sequence[int],
+        adapter: str | None = None,
+        task: str | None = None,
+        want: Want = "logits",
+        draw: Draw = LIKELIEST,
+    ) -> tuple[int, Tensor]:
+        """Put a text into a free slot; returns (the slot, logits [vocab] after its last token, or the next token).
 
         `adapter` and `task` are names of what the package carries. TpvcError where no slot is free, or the text and
         its prompt do not fit.
         """
-        before = prompt_ids(self.model, task)
-        chosen = self.adapter_id(adapter)
+        own, wanted = adapter_id(self.model, adapter), task_id(self.model, task)
+        before = 0 if wanted < 0 else self.model.tasks[wanted].tokens
+        rest, prefix = list(ids), before
+        if before and (own >= 0 or not self.model.prefixes):  # the adapter turns the virtual tokens too
+            rest, prefix, wanted = [*task_ids(self.model, wanted), *rest], 0, -1
         if not self.free:
-            raise TpvcError(f"all {self.slots} slots are in use; release one, or make an engine with more")
-        if not 0 < len(before) + len(ids) <= self.capacity:
-            raise TpvcError(f"the prompt has {len(before) + len(ids)} tokens; expected 1 to {self.capacity}")
-        slot, rest = self.free.pop(), [*before, *ids]
-        self.lengths[slot], self.adapters[slot] = 0, chosen
+            raise TpvcError(f"all {len(self.lengths)} slots are in use; release one, or make an engine with more")
+        room = min(self.compute.capacity, self.model.facts.context_length - prefix)
+        if not ids or not 0 < len(rest) <= room:
+            raise TpvcError(f"the prompt has {len(rest)} tokens; expected 1 to {room}")
+        slot = self.free.pop()
+        self.lengths[slot], self.owners[slot] = 0, (own, wanted, prefix)
         while rest:
             size = next((c for c in CHUNKS if c >= len(rest)), CHUNKS[-1])
             part, rest = rest[:size], rest[size:]
-            tokens = torch.tensor([part + [0] * (size - len(part))], device=self.model.device)
-            logits = self._forward(tokens, slice(slot, slot + 1), len(part))
-        return slot, logits[0]
+            tokens = [[*part, *[0] * (size - len(part))]]
+            found = self._pass([slot], tokens, len(part), "nothing" if rest else want, [draw])
+        return slot, found[0]
 
-    def adapter_id(self, name: str | None) -> int:
-        """The id of the adapter called `name`, -1 for None. TpvcError for one that the model does not have."""
-        if name is not None and name not in self.model.adapters:
-            known = f"it has {', '.join(self.model.adapters)}" if self.model.adapters else "it has none"
-            raise TpvcError(f"the model has no adapter '{name}'; {known}")
-        return -1 if name is None else self.model.adapters.index(name)
+    def decode(
+        self, slots: Sequence[int], tokens: Sequence[int], want: Want = "logits", draws: Sequence[Draw] = ()
+    ) -> Tensor:
+        """A token more for each of some slots in use -> logits [len(slots), vocab], or the next tokens."""
+        for slot in slots:
+            self._check_used(slot)
+            if self.lengths[slot] >= self.room(slot):
+                raise TpvcError(f"slot {slot} is full: it holds {self.lengths[slot]} tokens; release it")
+        if len(set(slots)) != len(slots) or len(tokens) != len(slots) or not slots:
+            raise TpvcError(f"{len(slots)} slots and {len(tokens)} tokens were given; expected a token for each slot")
+        return self._pass(list(slots), [[int(t)] for t in tokens], 1, want, draws or [LIKELIEST] * len(slots))
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """One more token int64 [slots] for every slot -> logits [slots, vocab]; those of free slots mean nothing."""
-        used = [slot for slot in range(self.slots) if slot not in self.free]
-        if any(int(self.lengths[slot]) >= self.capacity for slot in used):
-            raise TpvcError(f"a slot is full: it holds {self.capacity} tokens; release it")
-        found = self._forward(tokens[:, None], slice(0, self.slots), 1)
-        self.lengths[self.free] = 0
-        return found
+    def room(self, slot: int) -> int:
+        """Tokens that a slot in use can hold."""
+        return min(self.compute.capacity, self.model.facts.context_length - self.owners[slot][2])
 
     def release(self, slot: int) -> None:
-        if slot in self.free or not 0 <= slot < self.slots:
-            raise TpvcError(f"slot {slot} is not in use")
+        self._check_used(slot)
         self.lengths[slot] = 0
         self.free.append(slot)
 
-    def greedy(self, logits: Tensor) -> Tensor:
-        """The likeliest token of every row, int64 [B]."""
-        return sampling.greedy_reference(logits) if self.run is None else sampling.greedy(logits, run=self.run)
+    def _check_used(self, slot: int) -> None:
+        if slot in self.free or not 0 <= slot < len(self.lengths):
+            raise TpvcError(f"slot {slot} is not in use")
 
-    def dense(self, name: str) -> Tensor:
-        """A matrix as the kernels multiply with it, in float32, kept for the next time: for references alone."""
-        if name not in self.floats:
-            value = self.model.params[name]
-            self.floats[name] = (dequantise(value, self.model.dtype) if isinstance(value, Slabs) else value).float()
-        return self.floats[name]
-
-    @torch.no_grad()
-    def _forward(self, ids: Tensor, rows: slice, real: int) -> Tensor:
-        """Logits [B, vocab] after the last of the `real` new tokens of some slots; the others fill up."""
-        start = self.lengths[rows].clone()
-        lengths = start + real
-        positions = start[:, None] + torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
-        positions = positions.clamp(max=self.capacity - 1)
-        caches = [Cache(c.key[rows], c.value[rows]) for c in self.caches]
-        batch = Batch(ids, start, lengths, positions, self.adapters[rows], caches)
-        values = {"input_ids": ids, "positions": positions}
-        head = next(i for i in reversed(range(len(self.model.steps))) if self.model.steps[i].op == "linear")
-        for index, step in enumerate(self.model.steps):
-            given = [values[v] for v in step.inputs if v in values]
-            if index == head:
-                given = [given[0].unflatten(0, (len(ids), -1))[:, real - 1].contiguous()]
-            found = STEPS[step.op](self, step, batch, *given)
-            values.update(zip(step.outputs, found if isinstance(found, tuple) else (found,), strict=False))
-        self.lengths[rows] = lengths
-        return values[self.model.steps[-1].outputs[0]].float()
-
-
-def _embed(engine: Engine, step: Step, batch: Batch, ids: Tensor) -> Tensor:
-    table = engine.model.params[step.params["weight"]]
-    vocab, offset = engine.model.facts.vocab_size, step.attrs.get("offset", 0)
-    known = (torch.where(ids < vocab, ids, 0) if ids.dtype == torch.int64 else ids.long()).flatten() + offset
-    return columns(table, known, engine.model.dtype) if isinstance(table, Slabs) else table[known]
-
-
-def _virtual_tokens(engine: Engine, step: Step, batch: Batch, x: Tensor, ids: Tensor) -> Tensor:
-    vocab, flat = step.attrs["vocab"], ids.flatten()
-    rows = engine.model.params[step.params["rows"]]
-    return torch.where((flat < vocab)[:, None], x, rows[(flat - vocab).clamp(min=0)])
-
-
-def _linear(engine: Engine, step: Step, batch: Batch, x: Tensor) -> Tensor:
-    params = {role: engine.model.params[name] for role, name in step.params.items()}
-    weight, bias, bank, ids = params["weight"], params.get("bias"), None, None
-    if "cosine" in params:
-        own = torch.tensor((*step.attrs["rows"], -1), dtype=torch.int32, device=x.device)
-        ids = own[batch.adapters.long()].repeat_interleave(len(x) // len(batch.adapters))
-        bank = linear.Bank(params["cosine"], params["sine"], step.attrs["group"])
-    x = x.contiguous()
-    if engine.run is None:
-        return linear.of_dense(x, engine.dense(step.params["weight"]), bias, bank, ids)
-    if isinstance(weight, Slabs):
-        config = engine.tiles.get((linear.sort(weight, bias, bank), len(x)))
-        return linear.linear(x, weight, bias, bank, ids, config=config, run=engine.run)
-    y = F.linear(x, weight, bias)
-    return y if bank is None else linear.turned(y, bank, ids)
-
-
-def _norm(engine: Engine, step: Step, batch: Batch, x: Tensor, residual: Tensor | None = None):
-    attrs, params = step.attrs, {role: engine.model.params[name] for role, name in step.params.items()}
-    bias = [params.get("bias")] if attrs["kind"] == "layer_norm" else []
-    given = [x, params["weight"], *bias, attrs["eps"], residual]
-    options = {"plus_one": attrs.get("plus_one", False)} if attrs["kind"] == "rms_norm" else {}
-    if engine.run is None:
-        normed, total = getattr(norm, f"{attrs['kind']}_reference")(*given, **options)
-    else:
-        normed, total = getattr(norm, attrs["kind"])(*given, **options, run=engine.run)
-    return normed if residual is None else (normed, total)
-
-
-def _attend(engine: Engine, step: Step, batch: Batch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    attrs, shape = step.attrs, (*batch.ids.shape, -1, engine.model.facts.head_dim)
-    q, k, v = (t.view(shape) for t in (q, k, v))
-    cache, rope = batch.caches[attrs["layer"]], attrs.get("rope")
-    turning = () if rope is None else (batch.positions, engine_table(engine, rope))
-    options = {"scale": attrs["scale"], "window": attrs.get("window"), "softcap": attrs.get("softcap")}
-    where = (cache, batch.start, batch.lengths)
-    if engine.run is None:
-        q = rope_cache.rope_cache_reference(q, k, v, *where, *turning)
-        return attention.attention_reference(q, *where, **options).flatten(0, 1).flatten(1)
-    q = rope_cache.rope_cache(q, k, v, *where, *turning, run=engine.run)
-    return attention.attention(q, *where, **options, run=engine.run).flatten(0, 1).flatten(1)
-
-
-def engine_table(engine: Engine, rope: Mapping) -> Rotary:
-    """cos and sin for every position of the cache, made once for every kind of rotation."""
-    key = str(sorted(rope.items()))
-    if key not in engine.tables:
-        made = rotary(tuple(rope["inv_freq"]), engine.capacity, rope.get("magnitude", 1.0), rope.get("offset", 0))
-        engine.tables[key] = Rotary(*(t.to(engine.model.device) for t in (made.cosine, made.sine)))
-    return engine.tables[key]
-
-
-def _gated(engine: Engine, step: Step, batch: Batch, gate: Tensor, up: Tensor) -> Tensor:
-    kind = step.attrs["kind"]
-    if engine.run is None:
-        return activation.gated_reference(gate, up, kind=kind)
-    return activation.gated(gate, up, kind=kind, run=engine.run)
-
-
-def _activation(engine: Engine, step: Step, batch: Batch, x: Tensor) -> Tensor:
-    kind = step.attrs["kind"]
-    if engine.run is None:
-        return activation.activation_reference(x, kind=kind)
-    return activation.activation(x, kind=kind, run=engine.run)
-
-
-def _split(engine: Engine, step: Step, batch: Batch, x: Tensor) -> Tensor:
-    a = step.attrs
-    return x.unflatten(-1, (a["groups"], -1))[..., a["start"] : a["stop"]].flatten(-2)
-
-
-STEPS: dict[str, Callable] = {
-    "embed": _embed,
-    "virtual_tokens": _virtual_tokens,
-    "linear": _linear,
-    "norm": _norm,
-    "attend": _attend,
-    "gated": _gated,
-    "activation": _activation,
-    "split": _split,
-    "add": lambda engine, step, batch, a, b: a + b,
-    "mul": lambda engine, step, batch, a, b: a * b,
-    "scale": lambda engine, step, batch, x: x * step.attrs["factor"],
-    "softcap": lambda engine, step, batch, x: step.attrs["cap"] * torch.tanh(x / step.attrs["cap"]),
-}
+    def _pass(self, slots: list[int], tokens: list[list[int]], real: int, want: Want, draws: Sequence[Draw]) -> Any:
+        """Rows that fill up have no tokens before or after, so nothing of them is kept."""
+        count, size = len(slots), len(tokens[0])
+        rows = next(n for n in ROWS if n >= count)
+        extra = rows - count
+        start = [self.lengths[s] for s in slots]
+        owners = [self.owners[s] for s in slots] + [(-1, -1, 0)] * extra
+        places = [[at + owner[2] + i for i in range(size)] for at, owner in zip(start, owners, strict=False)]
+        last = self.model.facts.context_length - 1
+        adapters = torch.tensor([owner[0] for owner in owners])
+        whole = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+        chosen = [*draws, *[LIKELIEST] * extra]
+        batch = Batch(
+            whole([*tokens, *[[0] * size] * extra]),
+            whole([*places, *[[0] * size] * extra]).clamp(max=last),
+            whole([*slots, *[0] * extra]),
+            whole([*start, *[0] * extra]),
+            whole([*(at + real for at in start), *[0] * extra]),
+            whole([row * size + real - 1 for row in range(rows)]),
+            {own: whole((*own, -1))[adapters].repeat_interleave(size) for own in turns_of(self.model)},
+            whole([owner[1] for owner in owners]),
+            *(torch.tensor([getattr(d, name) for d in chosen]) for name in ("temperature", "top_p", "uniform")),
+        )
+        found = self.compute(batch, want)
+        for slot, at in zip(slots, start, strict=True):
+            self.lengths[slot] = at + real
+        return None if found is None else found[:count]

@@ -1,10 +1,11 @@
 """A Program as the kernels see it: a list of steps, each one launch or two, with the small nodes fused into the large.
 
     embed -> [scale] -> [virtual_tokens]     embed      rows of the table, or of the soft prompts
-    linear -> [rotate]                       linear     with the rotation in its epilogue
+    linear -> [rotate]                       linear     with the rotation in its epilogue; see also `side_by_side.py`
     add -> norm                              norm       the residual stream and its normed form
     rope, rope -> attention                  attend     rotary, cache write and attention
     activation -> mul                        gated
+    round_rows                               round_rows codes and scales, which linears alone read
 
 Steps are data, and go into a package as JSON. A value that no step yields is an input of the batch: `input_ids`,
 `positions`.
@@ -13,7 +14,7 @@ Steps are data, and go into a package as JSON. A value that no step yields is an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,11 @@ def steps(program: Program) -> tuple[Step, ...]:
             case _:
                 made.append(Step(node.op, node.inputs, (node.name,), dict(node.params), attrs))
     return tuple(_in_order(made))
+
+
+def kinds_of(planned: Iterable[Step]) -> dict[str, str]:
+    """{value: how its rows are rounded}, of the values that are codes and scales."""
+    return {step.outputs[0]: step.attrs["kind"] for step in planned if step.op == "round_rows"}
 
 
 def _norm_of(program: Program, reading: list[Node]) -> Node | None:

@@ -1,70 +1,52 @@
 """Which of a package's tiles is the quickest on this device: timed at the first start, then read from a file.
 
 A build keeps the few candidates of every linear that look best on paper. What is best on the card depends on its
-clocks and caches, so it is measured there, once: each candidate of each sort of linear at each number of rows is
-launched on zeros, and the least median of three wins. The answer lies in the user's cache, under the hash of the
-package's manifest and the device's name.
+clocks and caches, so it is measured there, once: each candidate of each sort of linear at each number of rows, with
+weights that come from memory and not from a cache; the least median wins. Of attention the first candidate is taken for
+which there is a binary. The answer lies in the user's cache, under the hash of the package's manifest and the device's
+name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tpvc.compiler.backends.triton.engine import Model, Tiles
+from tpvc.compiler.backends.triton.forward import Choices, Key, Tiles
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
-from tpvc.kernels import linear
-from tpvc.kernels.launch import Run
-from tpvc.kernels.linear import Config
+from tpvc.kernels.launch import Config, Run
 
-Clock = Callable[[Callable[[], None]], float]
-"""Seconds that some launches take on the device."""
-ROUNDS = 3
+Seconds = Callable[[Callable[[Run], Any]], float]
+"""How long something takes that launches with the Run that it is given."""
 
 
-def chosen(
-    model: Model,
-    sorts: Mapping[str, tuple[Any, ...]],
-    rows: tuple[int, ...],
-    run: Run,
-    clock: Clock,
-    progress: Progress = silent,
-) -> Tiles:
-    """{(sort of linear, rows): its quickest tiles}. sorts: one (weight, bias, bank) of every sort."""
-    found: dict[tuple[str, int], Config] = {}
-    jobs = [(sort, count) for sort in sorts for count in rows]
-    for done, (sort, count) in enumerate(jobs):
-        progress("tiles", done, len(jobs), f"{sort}, {count} rows")
-        x = torch.zeros(count, sorts[sort][0].depth, dtype=model.dtype, device=model.device)
-        found[sort, count] = _quickest(x, *sorts[sort], run, clock)
-    progress("tiles", len(jobs), len(jobs), "")
+def chosen(choices: Choices, seconds: Seconds, progress: Progress = silent) -> Tiles:
+    """{(sort, rows): its quickest tiles}."""
+    found: dict[Key, Config] = {}
+    for done, ((sort, rows), works) in enumerate(choices.items()):
+        progress("tiles", done, len(choices), f"{sort}, {rows} rows")
+        found[sort, rows] = _best(works, seconds, first=sort.startswith("attention"))
+    progress("tiles", len(choices), len(choices), "")
     return found
 
 
-def _quickest(x: Tensor, weight: Any, bias: Any, bank: Any, run: Run, clock: Clock) -> Config:
-    """A candidate without a binary for this device is passed over; TpvcError where none has one."""
-    ids = None if bank is None else torch.zeros(len(x), dtype=torch.int32, device=x.device)
-
-    def launch(config: Config) -> None:
-        linear.linear(x, weight, bias, bank, ids, config=config, run=run)
-
+def _best(works: Mapping[Config, Callable[..., Any]], seconds: Seconds, first: bool) -> Config:
+    """The quickest, or the first that there is: how long attention takes depends on the texts. A candidate without a
+    binary for this device is passed over; TpvcError where none has one."""
     times, why = {}, None
-    for config in linear.configs(len(x), weight, None if bank is None else bank.group):
+    for config, work in works.items():
         try:
-            launch(config)
+            times[config] = seconds(lambda run, work=work: work(run=run))
         except TpvcError as error:
             why = error
             continue
-        times[config] = statistics.median(clock(lambda c=config: launch(c)) for _ in range(ROUNDS))
+        if first:
+            return config
     if not times:
         raise why
     return min(times, key=lambda c: times[c])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tpvc.compiler import interpret
+from tpvc.compiler import interpret, ops
 from tpvc.compiler.backends.huggingface import emit
 from tpvc.compiler.backends.huggingface import stream as stream_file
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import huggingface as frontend
-from tpvc.compiler.program import Grid, QTensor, dense, linears, read
+from tpvc.compiler.program import Grid, QTensor, dense, linears, read, rounded_inputs
+from tpvc.passes.round_activations import RoundActivations
 
 TOKENS = torch.arange(24)[None] % 61
 
@@ -317,3 +318,82 @@ def test_every_family_with_an_8_bit_head(family, tmp_path):
     assert emitted(program, tmp_path / "out") == []
     check_logits(loaded(tmp_path / "out"), program)
     check_read_back(tmp_path / "out", program)
+
+
+ROWS = [
+    ("int8", Grid(8, -1, True), "int-quantized"),
+    ("int8", Grid(8, 32, False), "int-quantized"),
+    ("int8", Grid(4, -1, True), "pack-quantized"),
+    ("int8", Grid(3, 32, False), "pack-quantized"),
+    ("fp8", Grid(4, 32, True), "pack-quantized"),
+    ("fp8", Grid(3, -1, False), "pack-quantized"),
+]
+
+
+def theirs(x: torch.Tensor, *, kind: str) -> torch.Tensor:
+    """compressed-tensors' own rounding of x [B, T, D]."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    type_ = {"int8": "int", "fp8": "float"}[kind]
+    args = QuantizationArgs(num_bits=8, type=type_, symmetric=True, strategy="token", dynamic=True)
+    return fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind,grid,form", ROWS, ids=str)
+def test_transformers_rounds_activations(kind, grid, form, tied, tmp_path):
+    """Every module, given what it is given there. compressed-tensors divides the largest of a row by 127.5 for int8 and
+    clamps it, vLLM and we by 127: two roundings, each off by half of its step at most. For fp8 there is one way."""
+    program = RoundActivations(kind)(quantized(llama(tmp_path / "source", tied=tied), grid, Grid(8, -1, True)))
+    assert emitted(program, tmp_path / "out") == []
+    check_read_back(tmp_path / "out", program)
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert {g["format"] for g in said if g["input_activations"]} == {form}
+    assert any(g["targets"] == ["Linear"] and g["input_activations"] for g in said)
+
+    model, seen = loaded(tmp_path / "out"), {}
+    kinds = rounded_inputs(program)
+    assert len(kinds) == 14
+    for name in kinds:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_hook(lambda m, given, out, name=name: seen.update({name: (given[0], out)}))
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+    for name in kinds:
+        x, out = seen[name]
+        weight = dense(program.params[name])
+        sums = 96 * 2**-24 * (x.abs() @ weight.abs().T).max()
+        assert ((theirs(x, kind=kind) @ weight.T) - out).abs().max() <= sums, name
+        ours = ops.round_rows(x, kind=kind) @ weight.T
+        half = x.abs().amax(-1, keepdim=True) * (0.5 / 127 + 0.5 / 127.5) * 1.0001 if kind == "int8" else 0
+        assert bool(((ours - out).abs() <= sums + half * weight.abs().sum(1)).all()), name
+
+    ours = interpret.logits(program, TOKENS)
+    cost = (ours - interpret.logits(replace(program, nodes=without_rounding(program)), TOKENS)).norm()
+    # as two roundings of the same numbers, each of which costs this much, the same way (1 + 1)
+    assert (logits - ours).norm() <= (2 * cost if kind == "int8" else 0.2 * cost)
+
+
+def without_rounding(program):
+    value = {n.name: n.inputs[0] for n in program.nodes if n.op == "round_rows"}
+    kept = (n for n in program.nodes if n.op != "round_rows")
+    return tuple(replace(n, inputs=tuple(value.get(v, v) for v in n.inputs)) for n in kept)
+
+
+def test_rounded_activations_for_vllm(tmp_path):
+    """W8A8 as bytes, and fewer bits packed, is what its schemes read."""
+    for kind, bits, form in (("int8", 8, "int-quantized"), ("int8", 4, "pack-quantized"), ("fp8", 4, "pack-quantized")):
+        program = quantized(llama(tmp_path / f"{kind}{bits}", tied=True), Grid(bits, -1, True), Grid(8, -1, True))
+        emitted(RoundActivations(kind)(program), tmp_path / f"{kind}{bits}-out", runtime="vllm")
+        config = json.loads((tmp_path / f"{kind}{bits}-out/config.json").read_text())["quantization_config"]
+        (group,) = (g for g in config["config_groups"].values() if g["input_activations"])
+        assert (group["format"], group["targets"]) == (form, ["Linear"])
+        frontend.load(tmp_path / f"{kind}{bits}-out", "again")
+
+
+def test_rounded_activations_of_a_float_linear_are_refused(tmp_path):
+    program = RoundActivations("int8")(llama(tmp_path / "source"))
+    with pytest.raises(TpvcError, match=r"q_proj.weight' is in float and reads rows rounded to int8"):
+        emitted(program, tmp_path / "out")

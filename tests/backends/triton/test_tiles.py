@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from tpvc.compiler.backends.triton import linears_of, tiles
-from tpvc.compiler.backends.triton.engine import Engine, model_of
+from tpvc.compiler.backends.triton import asked, shapes_of, tiles
+from tpvc.compiler.backends.triton.engine import Engine
+from tpvc.compiler.backends.triton.model import model_of
+from tpvc.compiler.backends.triton.on_torch import OnTorch
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import load
 from tpvc.compiler.program import Grid, dense, linears
-from tpvc.kernels import linear
+from tpvc.kernels.launch import Config
 from tpvc.passes.round_to_nearest import quantize as to_nearest
 
 
@@ -24,36 +26,38 @@ def test_the_quickest_that_runs_is_taken(model):
     launches = []
 
     def run(launch):
-        if launch.constants["BLOCK_N"] == 256:
+        if launch.constants.get("BLOCK_N") in (64, 256):
             raise TpvcError("the package has no such binary")
         launches.append(launch)
 
-    def clock(work):
+    def seconds(work):
         launches.clear()
-        work()
+        work(run)
         return 1 / launches[0].constants["BLOCK_N"]  # wider is quicker here
 
-    sorts = linears_of(model)
-    assert all(sort == linear.sort(*given) for sort, given in sorts.items())
-    found = tiles.chosen(model, sorts, (1, 16), run, clock)
-    assert found.keys() == {(s, n) for s in sorts for n in (1, 16)}
-    assert {config.block_n for config in found.values()} == {128}
+    _, choices = asked(model, 16, shapes_of((1,)))
+    found = tiles.chosen(choices, seconds)
+    assert found.keys() == choices.keys()
+    linears = {key: config for key, config in found.items() if key[0].startswith("in ")}
+    assert {rows for _, rows in linears} == {1, 16, 128}
+    assert {config.block_n for config in linears.values()} == {128}
+    others = {key: config for key, config in found.items() if key not in linears}
+    assert others and all(config == list(choices[key])[1] for key, config in others.items())  # the first has 64
 
-    def nothing(launch):
+    def nothing(work):
         raise TpvcError("the package has no such binary")
 
     with pytest.raises(TpvcError, match="no such binary"):
-        tiles.chosen(model, sorts, (1,), nothing, clock)
+        tiles.chosen(choices, nothing)
 
-    asked = []
-    engine = Engine(model, 1, 16, run=asked.append, tiles=found)
-    engine.admit([1, 2, 3])
-    products = [launch for launch in asked if launch.kernel == "linear:slab_product"]
+    launched = []
+    Engine(OnTorch(model, 1, 16, launched.append, found)).admit([1, 2, 3])
+    products = [launch for launch in launched if launch.kernel == "linear:slab_product"]
     assert products and all(launch.constants["BLOCK_N"] == 128 for launch in products)
 
 
 def test_it_is_measured_once_and_a_damaged_answer_again(tmp_path):
-    found, calls = {("in 4", 1): linear.Config(1, 64, 2, 4, 2)}, []
+    found, calls = {("in 4", 1): Config(1, 64, 2, 4, 2)}, []
 
     def measure():
         calls.append(1)

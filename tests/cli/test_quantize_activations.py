@@ -1,0 +1,103 @@
+"""From `tpvc quantize --scheme W8A8` to what inspects, measures, exports and runs it."""
+
+import json
+
+import pytest
+import torch
+
+from tpvc.compiler import frontends
+from tpvc.compiler.backends import triton
+from tpvc.compiler.program import read, rounded_inputs
+from tpvc.kernels import package
+
+TEXT = "The quick brown"
+
+
+@pytest.fixture(scope="module")
+def w8a8(ok, tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("artefacts") / "w8a8"
+    ok("quantize", tiny_llama, "-o", out, "--scheme", "W8A8", "--method", "rtn")
+    return out
+
+
+def test_the_manifest_and_inspect_say_it(ok, w8a8):
+    manifest = json.loads((w8a8 / "tpvc.json").read_text())
+    assert manifest["options"]["activations"] == "int8"
+    assert manifest["passes"][0] == {"name": "RoundActivations", "kind": "int8"}
+    found = ok("inspect", w8a8)
+    said = "W8 per channel symmetric, activations int8 per token"
+    assert found["grids"] == {said: 14, "W8 per channel symmetric": 1}
+    assert found["operators"]["round_rows"] == 8
+    assert set(rounded_inputs(frontends.load(w8a8)).values()) == {"int8"}
+
+
+def test_float_activations_leave_no_trace(ok, tiny_llama, tmp_path):
+    ok("quantize", tiny_llama, "-o", tmp_path / "w8", "--bits", 8, "--method", "rtn")
+    assert "activations" not in json.loads((tmp_path / "w8/tpvc.json").read_text())["options"]
+    assert not rounded_inputs(frontends.load(tmp_path / "w8"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_learned_under_rounded_activations_and_an_adapter(ok, tiny_llama, write_adapter, tmp_path, kind):
+    """The reported errors are those of blocks that round both; the same command gives the same bytes."""
+    write_adapter(tiny_llama, tmp_path / "own")
+    given = (
+        "--bits",
+        4,
+        "--group-size",
+        32,
+        "--activations",
+        kind,
+        "--recipe",
+        "fast",
+        "--nsamples",
+        16,
+        "--seqlen",
+        16,
+    )
+    given += ("--road", f"own={tmp_path / 'own'}")
+    for name in ("a", "b"):
+        ok("quantize", tiny_llama, "-o", tmp_path / name, *given)
+    a, b = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+    manifest = json.loads((tmp_path / "a/tpvc.json").read_text())
+    assert [p["name"] for p in manifest["passes"]] == ["RoundActivations", "BankRoad", "FlexRound", "RoundToNearest"]
+    assert all(r["error"] <= r["error_rtn"] for r in manifest["blocks"])
+    program = frontends.load(tmp_path / "a")
+    assert len(rounded_inputs(program)) == 14 and [x.name for x in program.adapters] == ["own"]
+
+
+def test_it_is_measured_and_run(ok, w8a8, tiny_llama):
+    found = ok("eval", w8a8, "--against", tiny_llama)
+    assert 0 < found["against"]["kl"] < 0.01
+    assert len(ok("run", w8a8, TEXT, "--raw", "--max-new-tokens", 3)["tokens"]) <= 3
+
+
+def test_a_package_holds_its_kernels_and_runs(ok, w8a8, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "ROWS", (1, 2))
+        ok("export", w8a8, "-o", tmp_path / "gpu", "--to", "triton", "--target", "cuda:80")
+    kernels = package.read(tmp_path / "gpu/kernels")
+    bodies = {(e.kernel, e.target) for e in kernels.entries}
+    for kernel in ("round_rows:round_row", "linear_a8:slab_product_a8", "linear:slab_product"):
+        assert {(kernel, "cuda:80"), (kernel, "ptx:80")} <= bodies
+    ours, theirs = (ok("run", x, TEXT, "--raw", "--max-new-tokens", 4)["tokens"] for x in (w8a8, tmp_path / "gpu"))
+    assert ours == theirs
+
+
+def test_an_onnx_folder_and_vllms_layout(ok, w8a8, tmp_path):
+    ok("export", w8a8, "-o", tmp_path / "onnx", "--accuracy-level", 0)
+    ours, theirs = (ok("run", x, TEXT, "--raw", "--max-new-tokens", 4)["tokens"] for x in (w8a8, tmp_path / "onnx"))
+    assert ours == theirs
+    ok("export", w8a8, "-o", tmp_path / "vllm", "--to", "vllm")
+    a, b = (frontends.load(x).params["model.layers.0.mlp.up_proj.weight"] for x in (w8a8, tmp_path / "vllm"))
+    assert torch.equal(read(a).codes, read(b).codes)
+
+
+def test_bad_input(refused, tiny_llama, tmp_path):
+    said = refused("quantize", tiny_llama, "-o", tmp_path / "a", "--bits", 8, "--activations", "fp8")
+    assert "at most 4 bits" in said and "found 8" in said
+    assert "contradict" in refused(
+        "quantize", tiny_llama, "-o", tmp_path / "a", "--scheme", "W8A8", "--activations", "fp8"
+    )
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
