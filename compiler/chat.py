@@ -235,9 +235,16 @@ def _genai(folder: Path, threads: int, adapter: str | None, task: str | None) ->
 
 
 def _genai_text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]], Callable[[], Callable[[int], str]]]:
-    """The folder's tokenizer as GenAI reads it; through transformers where GenAI cannot."""
+    """The folder's tokenizer as GenAI reads it; through transformers where GenAI cannot. It does not refuse word lists,
+    but finds ids for their words that are none."""
     import onnxruntime_genai as og
 
+    from tpvc.compiler.frontends.weights import read_json
+
+    file = folder / "tokenizer.json"
+    match read_json(file) if file.is_file() else {}:
+        case {"model": {"type": "WordLevel"}}:
+            return transformers_text(auto_tokenizer(folder), str(folder))
     try:
         tokenizer = og.Tokenizer(model)
     except RuntimeError:

@@ -164,7 +164,10 @@ def _clear(work: Path) -> None:
 def _alone(work: Path) -> Iterator[None]:
     """Make `work` and hold its lock, which the system releases however this process ends; remove what is empty."""
     lock = work / LOCK
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # a file system that takes no directories, as /proc
+        raise TpvcError(f"'{work.parent}' takes no new directory; choose another place for the output") from error
     try:
         if fcntl is None:
             yield

@@ -114,3 +114,16 @@ def test_a_folder_that_is_not_one(tmp_path):
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "llama"}}))
     with pytest.raises(TpvcError, match="lacks what ONNX Runtime GenAI needs"):
         chat.open_engine(str(tmp_path))
+
+
+def test_a_word_list_is_read_through_transformers(tmp_path):
+    """GenAI takes it without an error, and finds id -1 for its words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "sky": 2, "is": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    encode, decoder = chat._genai_text(tmp_path, None)
+    assert encode("the sky is blue") == [1, 2, 3, 0]
+    assert "sky" in decoder()(2)

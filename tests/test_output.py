@@ -154,3 +154,9 @@ def test_places_that_cannot_be_renamed_into(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(TpvcError, match=said):
             check_free(Path(out), True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no file system that takes no directories")
+def test_a_place_that_takes_no_directories():
+    with pytest.raises(TpvcError, match="'/proc' takes no new directory"), published(Path("/proc/tpvc-out"), False):
+        pass
