@@ -197,7 +197,7 @@ Candidate = Variant | tuple[Variant, ...]
 def build(
     candidates: Mapping[str, Sequence[Candidate]],
     targets: Sequence[Target],
-    keep: int = 3,
+    keep: int = 4,
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> Built:

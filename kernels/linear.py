@@ -49,6 +49,8 @@ def configs(rows: int, slabs: Slabs, group: int | None) -> tuple[Config, ...]:
         tiles = [(max(16, 1 << (rows - 1).bit_length()), n, w, s) for n, w, s in ((64, 4, 4), (128, 4, 4), (128, 8, 3))]
     else:
         tiles = [(64, 128, 4, 3), (128, 128, 8, 3), (64, 64, 4, 4)]
+    if rows > 4:
+        tiles.append((16, 32, 2, 1))  # what fits the registers of RDNA 3
     least = 2 * SUB if group is None else max(2 * SUB, group)
     deep = -(-slabs.depth // length(slabs.bits))
     found = []
