@@ -75,7 +75,7 @@ def test_wheel_imports_without_the_tree(wheel, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "10"
+    assert done.stdout.strip() == "12"
 
 
 def quickest(code: str, tries: int = 5) -> tuple[float, str]:

@@ -19,6 +19,8 @@ _API = {
     "prompt_scale": "tpvc.compiler.prompt_pipeline",
     "prompt_similarity": "tpvc.compiler.prompt_pipeline",
     "prompt_embeds": "tpvc.compiler.prompt_embeds",
+    "importance": "tpvc.compiler.finetune_pipeline",
+    "finetune": "tpvc.compiler.finetune_pipeline",
     "generate": "tpvc.compiler.interpret",
     "perplexity": "tpvc.compiler.evaluate",
     "divergence": "tpvc.compiler.evaluate",

@@ -19,6 +19,8 @@ from tpvc.compiler.cli import (
     demo,
     eval,
     export,
+    finetune,
+    importance,
     inspect,
     prompt,
     quantize,
@@ -104,7 +106,7 @@ def cli() -> None:
     """Quantise a language model with FlexRound and compile it to the hardware it will run on."""
 
 
-for module in (demo, quantize, export, road, prompt, run, eval, bench, verify, inspect):
+for module in (demo, quantize, export, road, prompt, importance, finetune, run, eval, bench, verify, inspect):
     cli.add_command(module.command)
 
 
