@@ -281,7 +281,7 @@ def _package(folder: Path, threads: int, adapter: str | None, task: str | None, 
     if backend is None:
         compute = OnTorch(triton.read(folder), 1, triton.capacity_of(folder))
     else:
-        compute = triton.on_gpu(folder, backend)
+        compute = triton.open_gpu(folder, backend)
     model, slots = compute.model, Slots(compute)
     adapter_id(model, adapter), task_id(model, task)  # unknown ones are refused now
 

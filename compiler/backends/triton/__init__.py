@@ -133,7 +133,7 @@ def read(directory: Path) -> Model:
     return Model(steps, params, facts, tuple(found["adapters"]), tasks, prefixes, dtype, cache)
 
 
-def on_gpu(directory: Path, backend: str, slots: int = 1, progress: Progress = silent) -> OnGpu:
+def open_gpu(directory: Path, backend: str, slots: int = 1, progress: Progress = silent) -> OnGpu:
     """The package on the first GPU of this machine. backend: cuda or hip."""
     from tpvc.compiler.backends.triton import tiles
     from tpvc.compiler.backends.triton.on_gpu import OnGpu

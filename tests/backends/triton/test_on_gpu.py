@@ -9,15 +9,17 @@ import torch
 from tpvc.compiler import frontends
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.road import Road, Rotation
+from tpvc.compiler.backends import triton
 from tpvc.compiler.backends.triton import asked, candidates, engine, shapes_of, tiles
 from tpvc.compiler.backends.triton.engine import Draw, Engine
 from tpvc.compiler.backends.triton.model import model_of
 from tpvc.compiler.backends.triton.on_gpu import OnGpu
 from tpvc.compiler.backends.triton.on_torch import OnTorch
 from tpvc.compiler.backends.triton.plan import arena, key_of, recorded
+from tpvc.compiler.chat import open_engine
 from tpvc.compiler.program import Grid, dense, linears
 from tpvc.kernels import driver, package, pointwise
-from tpvc.kernels.aot import Binary, Kept, Resources
+from tpvc.kernels.aot import Binary, Built, Kept, Resources
 from tpvc.kernels.launch import Launch, with_triton
 from tpvc.kernels.targets import named
 from tpvc.passes.bank_prompt import BankPrompt
@@ -92,12 +94,9 @@ def model(request, tiny_llama):
     return model_of(BankPrompt((Prompt("p", torch.randn(3, width, generator=generator) * 0.1),))(program))
 
 
-@pytest.fixture
-def card(model, fake_drivers, tmp_path, monkeypatch):
-    """(the card, a way to open the model on it)"""
-    monkeypatch.setattr("tpvc.compiler.backends.triton.ROWS", (1, 2))
-    variants = {v.key(): v for ways in candidates(model, CAPACITY).values() for way in ways for v in way}
-    variants = list(variants.values())
+def compiled(wanted):
+    """(variants, what stands in for their binaries on a card of cuda:90)"""
+    variants = list({v.key(): v for ways in wanted.values() for way in ways for v in way}.values())
     took, made = Resources(32, 0, 0, 0, 0, 100, 0, 0, 0), []
     for i, variant in enumerate(variants):
         sizes = [{"i32": 4, "fp32": 4}.get(kind, 8) for _, kind in variant.params if kind != "none"]
@@ -105,12 +104,21 @@ def card(model, fake_drivers, tmp_path, monkeypatch):
         target = named("cuda:90")
         binary = Binary(variant, target, code, "k", variant.warps, 0, (0, 128, 0), True, took, "3.7.1", "ab")
         made.append(Kept(binary, (("key", (0,)),)))
+    return variants, made
+
+
+@pytest.fixture
+def card(model, fake_drivers, tmp_path, monkeypatch):
+    """(the card, a way to open the model on it)"""
+    monkeypatch.setattr("tpvc.compiler.backends.triton.ROWS", (1, 2))
+    variants, made = compiled(candidates(model, CAPACITY))
     package.write(tmp_path / "kernels", made)
     kernels = package.read(tmp_path / "kernels")
     monkeypatch.delenv("FAKE_LOG", raising=False)
     device = driver.open_device(driver.open_api("cuda", fake_drivers["cuda"]))
     launcher = lambda stream: driver.launcher(kernels, device, stream)  # noqa: E731
-    return Card(fake_drivers["cuda"], variants), lambda: OnGpu(model, SLOTS, CAPACITY, device, launcher)
+    yield Card(fake_drivers["cuda"], variants), lambda: OnGpu(model, SLOTS, CAPACITY, device, launcher)
+    ctypes.CDLL(fake_drivers["cuda"]).fake_listen(None)
 
 
 def test_it_computes_what_the_kernels_do_on_tensors(card, model):
@@ -146,6 +154,36 @@ def test_tiles_are_timed_there(card, model):
     assert found[seen] == next(iter(choices[seen]))
     gpu.tiles = found
     Engine(gpu).admit([1, 2, 3])
+
+
+def test_a_package_is_opened_on_the_card_that_there_is(tiny_llama, fake_drivers, tmp_path, monkeypatch):
+    """From what is written to what `tpvc run` writes: the tokens of the references, but for sums in another order."""
+    built = {}
+
+    def build(wanted, targets, progress):
+        built["variants"], kept = compiled(wanted)
+        return Built(tuple(kept), ())
+
+    monkeypatch.setattr("tpvc.compiler.backends.triton.ROWS", (1,))
+    monkeypatch.setattr("tpvc.kernels.aot.build", build)
+    monkeypatch.setattr("tpvc.compiler.backends.triton.tiles.chosen", lambda *_: {})
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda _: str(tmp_path / "cache"))
+    monkeypatch.setattr(driver, "LIBRARIES", {"cuda": (fake_drivers["cuda"],), "hip": ("none.so",)})
+    monkeypatch.delenv("FAKE_LOG", raising=False)
+    folder, program = tmp_path / "package", frontends.load(tiny_llama)
+    folder.mkdir()
+    triton.emit(program, folder, frontends.tokenizer(program), [named("cuda:90")], torch.float32, capacity=CAPACITY)
+    fake = Card(fake_drivers["cuda"], built["variants"])
+    try:
+        assert driver.present() == "cuda"
+        written = []
+        for device in ("auto", "cpu"):
+            engine = open_engine(str(folder), 1, device=device)
+            written.append(list(engine.generate([5, 9, 33], 3, stop=False)))
+        assert written[0] == written[1] and fake.replayed == 1  # a prompt, a token, and that graph once more
+        assert list((tmp_path / "cache" / "tiles").glob("*.json"))
+    finally:
+        ctypes.CDLL(fake_drivers["cuda"]).fake_listen(None)
 
 
 def test_a_pass_is_only_kernels():
