@@ -272,18 +272,17 @@ def _package(folder: Path, threads: int, adapter: str | None, task: str | None, 
     from tpvc.compiler.backends import triton
     from tpvc.compiler.backends.triton.engine import Draw
     from tpvc.compiler.backends.triton.engine import Engine as Slots
-    from tpvc.compiler.backends.triton.model import adapter_id, task_id
     from tpvc.compiler.backends.triton.on_torch import OnTorch
     from tpvc.kernels.driver import present
 
     torch.set_num_threads(threads)
     backend = present() if device == "auto" else None if device == "cpu" else device
     if backend is None:
-        compute = OnTorch(triton.read(folder), 1, triton.capacity_of(folder))
+        compute = OnTorch(triton.read_unchanged(folder), 1, triton.capacity_of(folder))
     else:
         compute = triton.open_gpu(folder, backend)
     model, slots = compute.model, Slots(compute)
-    adapter_id(model, adapter), task_id(model, task)  # unknown ones are refused now
+    capacity = slots.holds(adapter, task)  # unknown ones are refused now
 
     def following(ids: list[int], want: str, draws: Iterator[Draw]) -> Iterator[Any]:
         """What is wanted after `ids`, then after every token that is sent."""
@@ -321,7 +320,7 @@ def _package(folder: Path, threads: int, adapter: str | None, task: str | None, 
     return Engine(
         label=f"references of the Triton kernels, {kind}" if backend is None else f"Triton kernels, {kind}",
         vocab_size=model.facts.vocab_size,
-        context_length=compute.capacity,
+        context_length=capacity,
         size=(folder / triton.WEIGHTS).stat().st_size,
         before=[],
         encode=encode,

@@ -432,7 +432,7 @@ def launcher(package: Package, device: Device, stream: int | Callable[[], int] =
         if entry.shared <= device.shared:
             runnable.setdefault((entry.kernel, _constants(entry.constants)), []).append(entry)
     chosen: dict[tuple[Any, ...], tuple[Entry, ...]] = {}
-    functions: dict[tuple[str, str], int] = {}
+    functions: dict[tuple[str, str], tuple[int, bytes]] = {}  # HIP may go on reading the code that was loaded
     scratch: dict[str, list[Memory]] = {}
 
     def run(launch: Launch) -> None:
@@ -445,7 +445,8 @@ def launcher(package: Package, device: Device, stream: int | Callable[[], int] =
             return
         at = (entry.file, entry.symbol)
         if at not in functions:
-            functions[at] = device.load(package.code(entry), entry.symbol, entry.shared)
+            code = package.code(entry)
+            functions[at] = device.load(code, entry.symbol, entry.shared), code
         args = [
             _packed(launch.kernel, name, kind, value)
             for (name, kind), value in zip(entry.params, launch.args, strict=True)
@@ -454,7 +455,7 @@ def launcher(package: Package, device: Device, stream: int | Callable[[], int] =
         room = _room(device, entry, launch.grid, scratch.setdefault(entry.file, []))
         args += [c_uint64(room), c_uint64(0)]
         now = stream() if callable(stream) else stream
-        device.launch(functions[at], launch.grid, entry.threads, entry.shared, now, args, launch.kernel)
+        device.launch(functions[at][0], launch.grid, entry.threads, entry.shared, now, args, launch.kernel)
 
     return run
 

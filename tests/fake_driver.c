@@ -64,7 +64,8 @@ CALL(cuModuleLoadData, hipModuleLoadData, (H *m, const char *code), "%s", code) 
 CALL(cuModuleGetFunction, hipModuleGetFunction, (H *f, H m, const char *name), "%s", name) *f = m; return 0; }
 CALL(cuMemGetInfo_v2, hipMemGetInfo, (size_t *free, size_t *all), "") *free = 5; *all = 8; return 0; }
 CALL(cuMemAlloc_v2, hipMalloc, (P *p, size_t n), "%zu", n)
-  *p = (P)aligned_alloc(256, (n + 255) / 256 * 256); return 0; }
+  *p = (P)aligned_alloc(256, (n + 255) / 256 * 256);
+  memset((H)*p, 0xff, n < 1 << 20 ? n : 1 << 20); return 0; }  /* a card's memory holds anything: here, NaN */
 CALL(cuMemFree_v2, hipFree, (P p), "%d", p % 256 == 0) free((H)p); return 0; }
 CALL(cuMemcpyHtoDAsync_v2, hipMemcpyHtoDAsync, (P d, H s, size_t n, H q), "%zu %p", n, q)
   memcpy((H)d, s, n); return 0; }

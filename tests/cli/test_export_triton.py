@@ -104,6 +104,26 @@ def test_what_is_refused(packaged, refused, artefact, tmp_path):
     assert "has format 7" in refused("run", broken, TEXT)
 
 
+def test_a_description_that_was_changed_is_refused(packaged, refused, tmp_path):
+    folder, whole = packaged[0], json.loads((packaged[0] / "triton.json").read_text())
+    for file in folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    broken, kept = tmp_path / "triton.json", (tmp_path / "tpvc.json").read_bytes()
+    for field in (*whole, None):
+        changed = {key: value for key, value in whole.items() if key != field}
+        for value in ({}, {field: None}, {field: "x"}) if field else ({"capacity": whole["capacity"] + 1},):
+            broken.write_text(json.dumps(changed | value))
+            (tmp_path / "tpvc.json").write_bytes(kept)
+            refused("run", tmp_path, TEXT, "--device", "cpu")
+            if field not in ("slots", None) and value != {field: "x"}:  # found without a manifest too
+                (tmp_path / "tpvc.json").unlink()
+                refused("run", tmp_path, TEXT, "--device", "cpu")
+    broken.write_text(json.dumps(whole, indent=1))
+    (tmp_path / "tpvc.json").write_bytes(kept)
+    assert "triton.json was changed after it was written" in refused("run", tmp_path, TEXT, "--device", "cpu")
+
+
 def test_bench_takes_it(packaged, ok):
     folder, _, _ = packaged
     told = ok("bench", folder, "--prompt-tokens", 8, "--new-tokens", 4, "--runs", 1, "--device", "cpu")

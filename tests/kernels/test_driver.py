@@ -139,6 +139,22 @@ def test_long_ints_are_passed_whole(gpu, log, tmp_path):
         assert log()[-1].split()[4] == struct.pack("<q", width).hex()
 
 
+def test_code_lives_as_long_as_its_kernel(fake_drivers, tmp_path, monkeypatch):
+    gone = []
+
+    class Code(bytes):
+        def __del__(self):
+            gone.append(1)
+
+    package = packaged(tmp_path, kept("hip:gfx942"))
+    monkeypatch.setattr(type(package), "code", lambda self, entry: Code((self.folder / entry.file).read_bytes()))
+    run = driver.launcher(package, driver.open_device(driver.open_api("hip", fake_drivers["hip"])))
+    run(launch())
+    assert not gone
+    del run
+    assert gone
+
+
 def test_scratch_memory_is_made_once_and_grows(gpu, log, tmp_path):
     run = driver.launcher(packaged(tmp_path, kept(scratch=100)), gpu)
     run(launch(grid=(2, 3, 1)))

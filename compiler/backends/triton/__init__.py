@@ -26,7 +26,8 @@ from tpvc.compiler.backends.triton.plan import recorded
 from tpvc.compiler.backends.triton.steps import Step, kinds_of
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json, stored_in
-from tpvc.compiler.program import Facts, Program
+from tpvc.compiler.output import MANIFEST
+from tpvc.compiler.program import Facts, Program, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.kernels.attention import Prefix
 from tpvc.kernels.launch import Launch
@@ -109,6 +110,28 @@ def read(directory: Path) -> Model:
     found = read_json(path)
     if found.get("format") != FORMAT:
         raise TpvcError(f"{path} has format {found.get('format')!r}, this tpvc reads {FORMAT}; export the model again")
+    try:
+        return _read(directory, found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise TpvcError(f"{path} is damaged ({found}); use an intact copy, or export the model again") from error
+
+
+def read_unchanged(directory: Path) -> Model:
+    """The model of a package that is to run: TpvcError also where what says how is not what was written. `tpvc verify`
+    hashes the weights too."""
+    from tpvc.kernels import package
+
+    model, manifest = read(directory), directory / MANIFEST
+    listed = read_json(manifest).get("files") if manifest.is_file() else None
+    for file in (FILE, f"{KERNELS}/{package.MANIFEST}"):
+        path = directory / file
+        if isinstance(listed, dict) and file in listed and path.is_file() and sha256(path) != listed[file]:
+            raise TpvcError(f"{path} was changed after it was written; use an intact copy, or export the model again")
+    return model
+
+
+def _read(directory: Path, found: dict[str, Any]) -> Model:
     there, params = stored_in(directory / WEIGHTS), {}
     for name, kind in found["params"].items():
         parts = ("words", "high", "scale", "zero") if kind["kind"] == "slabs" else ("",)
@@ -139,19 +162,22 @@ def open_gpu(directory: Path, backend: str, slots: int = 1, progress: Progress =
     from tpvc.compiler.backends.triton.on_gpu import OnGpu
     from tpvc.kernels import driver, package
 
-    model, kernels = read(directory), package.read(directory / KERNELS)
+    model, kernels = read_unchanged(directory), package.read(directory / KERNELS)
     device = driver.open_device(driver.open_api(backend))
     launcher = lambda stream: driver.launcher(kernels, device, stream)  # noqa: E731
     gpu = OnGpu(model, slots, capacity_of(directory), device, launcher)
     path = tiles.file_of(directory / KERNELS / package.MANIFEST, device.name)
     _, choices = asked(model, gpu.capacity, shapes_of([n for n in ROWS if n < 2 * slots]), gpu.caches)
-    gpu.tiles = tiles.kept(path, lambda: tiles.chosen(choices, gpu.seconds, progress))
+    gpu.tiles = tiles.kept(path, choices, lambda: tiles.chosen(choices, gpu.seconds, progress))
     return gpu
 
 
 def capacity_of(directory: Path) -> int:
     """Tokens of a text for which the package's kernels were built."""
-    return read_json(directory / FILE)["capacity"]
+    match read_json(directory / FILE):
+        case {"capacity": int(capacity)}:
+            return capacity
+    raise TpvcError(f"{directory / FILE} does not say its capacity; use an intact copy, or export the model again")
 
 
 def candidates(model: Model, capacity: int, rows: Sequence[int] | None = None) -> dict[str, list[tuple[Any, ...]]]:

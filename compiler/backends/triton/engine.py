@@ -85,11 +85,8 @@ class Engine:
         `adapter` and `task` are names of what the package carries. TpvcError where no slot is free, or the text and
         its prompt do not fit.
         """
-        own, wanted = adapter_id(self.model, adapter), task_id(self.model, task)
-        before = 0 if wanted < 0 else self.model.tasks[wanted].tokens
-        rest, prefix = list(ids), before
-        if before and (own >= 0 or not self.model.prefixes):  # the adapter turns the virtual tokens too
-            rest, prefix, wanted = [*task_ids(self.model, wanted), *rest], 0, -1
+        (own, wanted, prefix), virtual = self._wanted(adapter, task)
+        rest = [*virtual, *ids]
         if not self.free:
             raise TpvcError(f"all {len(self.lengths)} slots are in use; release one, or make an engine with more")
         room = min(self.compute.capacity, self.model.facts.context_length - prefix)
@@ -103,6 +100,18 @@ class Engine:
             tokens = [[*part, *[0] * (size - len(part))]]
             found = self._pass([slot], tokens, len(part), "nothing" if rest else want, [draw])
         return slot, found[0]
+
+    def _wanted(self, adapter: str | None, task: str | None) -> tuple[tuple[int, int, int], list[int]]:
+        """(what owns a slot, the virtual tokens that stand before its text there)."""
+        own, wanted = adapter_id(self.model, adapter), task_id(self.model, task)
+        if wanted >= 0 and (own >= 0 or not self.model.prefixes):  # the adapter turns the virtual tokens too
+            return (own, -1, 0), task_ids(self.model, wanted)
+        return (own, wanted, 0 if wanted < 0 else self.model.tasks[wanted].tokens), []
+
+    def holds(self, adapter: str | None = None, task: str | None = None) -> int:
+        """Tokens of a text that a slot can hold, with those that are to follow it. TpvcError for unknown names."""
+        (_, _, prefix), virtual = self._wanted(adapter, task)
+        return min(self.compute.capacity, self.model.facts.context_length - prefix) - len(virtual)
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], want: Want = "logits", draws: Sequence[Draw] = ()
@@ -150,7 +159,10 @@ class Engine:
             whole([row * size + real - 1 for row in range(rows)]),
             {own: whole((*own, -1))[adapters].repeat_interleave(size) for own in turns_of(self.model)},
             whole([owner[1] for owner in owners]),
-            *(torch.tensor([getattr(d, name) for d in chosen]) for name in ("temperature", "top_p", "uniform")),
+            *(
+                torch.tensor([getattr(d, name) for d in chosen], dtype=torch.float32)
+                for name in ("temperature", "top_p", "uniform")
+            ),
         )
         found = self.compute(batch, want)
         for slot, at in zip(slots, start, strict=True):

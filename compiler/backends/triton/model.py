@@ -58,7 +58,8 @@ def model_of(program: Program, dtype: torch.dtype = torch.float32, cache: torch.
         if isinstance(value, QTensor) and name in packed:
             params[name] = pack(value)
         else:
-            value = dense(program.params[name]).to(dtype).contiguous()
+            value = dense(program.params[name])
+            value = value.to(dtype, copy=True, memory_format=torch.contiguous_format)  # aligned, as in a GPU's memory
             params[name] = pack_floats(value) if name in multiplied else value
     kinds = kinds_of(planned)
     for step in planned:

@@ -111,8 +111,8 @@ class OnGpu:
         launches, result = recorded(work)
         ready = placed(launches, self.memory_for(launches, result, {}))
         self.device.fill(self.arena, 0, self.stream)  # ids of adapters must be some
+        self.carry_out(ready)  # raises where there is no binary: before memory is taken that nobody would give back
         flush, times = self.device.alloc(FLUSHED), []
-        self.carry_out(ready)
         for _ in range(ROUNDS):
             self.device.fill(flush, 0, self.stream)
             start, end = self.device.event(), self.device.event()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,23 @@ def _best(works: Mapping[Config, Callable[..., Any]], seconds: Seconds, first: b
     return min(times, key=lambda c: times[c])
 
 
-def kept(path: Path, measure: Callable[[], Tiles]) -> Tiles:
-    """What `path` says, or what `measure` finds, written there. A damaged file is measured again."""
+def kept(path: Path, choices: Choices, measure: Callable[[], Tiles]) -> Tiles:
+    """What `path` says, or what `measure` finds, written there if it can be. A file that is damaged, or lacks some of
+    the choices (it was written for fewer rows), is measured again."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        return {(e["sort"], e["rows"]): Config(**e["config"]) for e in listed}
+        found = {(e["sort"], e["rows"]): Config(**e["config"]) for e in listed}
+        if all(found.get(key) in works for key, works in choices.items()):
+            return found
     except (OSError, ValueError, KeyError, TypeError):
-        found = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
+        pass
+    found = measure()
     told = [{"sort": s, "rows": n, "config": asdict(c)} for (s, n), c in sorted(found.items())]
     working = path.with_name(path.name + ".partial")
-    working.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    working.replace(path)
+    with suppress(OSError):  # a home that cannot be written to: they are measured at the next start too
+        path.parent.mkdir(parents=True, exist_ok=True)
+        working.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        working.replace(path)
     return found
 
 

@@ -16,7 +16,8 @@ from tpvc.compiler.backends.triton.model import model_of
 from tpvc.compiler.backends.triton.on_gpu import OnGpu
 from tpvc.compiler.backends.triton.on_torch import OnTorch
 from tpvc.compiler.backends.triton.plan import arena, key_of, recorded
-from tpvc.compiler.chat import open_engine
+from tpvc.compiler.chat import open_engine, room
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, dense, linears
 from tpvc.kernels import driver, package, pointwise
 from tpvc.kernels.aot import Binary, Built, Kept, Resources
@@ -156,6 +157,21 @@ def test_tiles_are_timed_there(card, model):
     Engine(gpu).admit([1, 2, 3])
 
 
+def test_tiles_without_a_binary_leave_no_memory(card, monkeypatch):
+    gpu, taken = card[1](), []
+    alloc, free = driver.Device.alloc, driver.Device.free
+    monkeypatch.setattr(driver.Device, "alloc", lambda *given: taken.append(alloc(*given)) or taken[-1])
+    monkeypatch.setattr(driver.Device, "free", lambda device, memory: taken.remove(memory) or free(device, memory))
+
+    def work(run):
+        x = torch.empty(4, 8, device="meta")
+        run(Launch("pointwise:apply", (1, 1, 1), (x, None, x, 32, 1.0), {"KIND": "scale", "BLOCK": 7}))
+
+    with pytest.raises(TpvcError, match="no binary of kernel"):
+        gpu.seconds(work)
+    assert sum(memory.size for memory in taken) == gpu.arena.size
+
+
 def test_a_package_is_opened_on_the_card_that_there_is(tiny_llama, fake_drivers, tmp_path, monkeypatch):
     """From what is written to what `tpvc run` writes: the tokens of the references, but for sums in another order."""
     built = {}
@@ -184,6 +200,37 @@ def test_a_package_is_opened_on_the_card_that_there_is(tiny_llama, fake_drivers,
         assert list((tmp_path / "cache" / "tiles").glob("*.json"))
     finally:
         ctypes.CDLL(fake_drivers["cuda"]).fake_listen(None)
+
+
+@pytest.mark.parametrize("adapter", [None, "x"])
+def test_a_text_ends_where_its_task_leaves_no_room(tiny_llama, tmp_path, monkeypatch, adapter):
+    """Virtual tokens take positions of the context, and places of the cache where an adapter turns them."""
+    program = frontends.load(tiny_llama)
+    turned = {n.name: Rotation("road_1", 32, torch.zeros(32), torch.ones(32)) for n in linears(program.nodes)[:1]}
+    prompt = Prompt("p", torch.zeros(3, program.facts.hidden_size))
+    program = BankPrompt((prompt,))(BankRoad((Road("x", turned),))(program))
+    monkeypatch.setattr("tpvc.kernels.aot.build", lambda *_, **__: Built((), ()))
+    triton.emit(program, tmp_path, frontends.tokenizer(program), [named("cuda:90")], torch.float32)
+    opened = open_engine(str(tmp_path), 1, adapter, "p", "cpu")
+    assert opened.context_length == program.facts.context_length - 3
+    text = list(range(250))
+    assert len(list(opened.generate(text, room(opened.context_length, text, 99), stop=False))) == 3
+    assert open_engine(str(tmp_path), 1, adapter, None, "cpu").context_length == program.facts.context_length
+
+
+def test_what_is_compiled_does_not_depend_on_where_a_file_has_its_tensors(tiny_llama, tmp_path):
+    """Tensors read from a file lie at any address there; on a card they are aligned."""
+    program = frontends.load(tiny_llama)
+    shifted = {"a": torch.zeros(1, dtype=torch.uint8)} | {n: dense(t) for n, t in program.params.items()}
+    rest = torch.frombuffer(bytearray(8 * sum(t.nbytes for t in shifted.values())), dtype=torch.uint8)
+    moved, at = {}, 4
+    for name, tensor in shifted.items():
+        moved[name] = rest[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        at += -(-tensor.nbytes // 16) * 16
+    moved.pop("a")
+    assert all(t.data_ptr() % 16 for t in moved.values())
+    made = [candidates(model_of(program.with_params(p)), CAPACITY, (1,)) for p in ({}, moved)]
+    assert made[0] == made[1]
 
 
 def test_a_pass_is_only_kernels():

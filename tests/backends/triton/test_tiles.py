@@ -58,16 +58,41 @@ def test_the_quickest_that_runs_is_taken(model):
 
 def test_it_is_measured_once_and_a_damaged_answer_again(tmp_path):
     found, calls = {("in 4", 1): Config(1, 64, 2, 4, 2)}, []
+    choices = {key: {config: None} for key, config in found.items()}
 
     def measure():
         calls.append(1)
         return found
 
     path = tmp_path / "deep" / "tiles.json"
-    assert tiles.kept(path, measure) == tiles.kept(path, measure) == found and len(calls) == 1
+    assert tiles.kept(path, choices, measure) == tiles.kept(path, choices, measure) == found and len(calls) == 1
     path.write_text("{")
-    assert tiles.kept(path, measure) == found and len(calls) == 2
+    assert tiles.kept(path, choices, measure) == found and len(calls) == 2
     assert [p.name for p in path.parent.iterdir()] == ["tiles.json"]
+
+
+def test_an_answer_for_fewer_rows_is_measured_again(tmp_path):
+    one, path, calls = Config(1, 64, 2, 4, 2), tmp_path / "tiles.json", []
+    few, many = ({("in 4", rows): {one: None} for rows in counts} for counts in ((1,), (1, 2)))
+
+    def measured(choices):
+        def measure():
+            calls.append(len(choices))
+            return {key: next(iter(works)) for key, works in choices.items()}
+
+        return tiles.kept(path, choices, measure)
+
+    assert measured(few).keys() == few.keys() and measured(many).keys() == many.keys()
+    measured(few), measured(many)  # what there is for many does for few
+    assert calls == [1, 2]
+    assert measured({("in 4", 1): {Config(1, 128, 2, 4, 2): None}})["in 4", 1].block_n == 128  # no candidate any more
+
+
+def test_a_place_that_cannot_be_written_to_is_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    found = {("in 4", 1): Config(1, 64, 2, 4, 2)}
+    choices = {key: {config: None} for key, config in found.items()}
+    assert tiles.kept(tmp_path / "file" / "tiles.json", choices, lambda: found) == found
 
 
 def test_another_package_or_device_has_its_own_answer(tmp_path):
