@@ -184,16 +184,7 @@ def for_device(package: Package, backend: str, arch: int | str) -> tuple[Entry, 
     if not order:
         raise TpvcError(
             f"the kernels in '{package.folder}' are for {', '.join(package.targets) or 'no target'} and this device is "
-            f"{backend}:{arch}; build the package with this target"
+            f"{backend}:{arch}; build the package with this target, or run it with --device cpu"
         )
     mine = [e for e in package.entries if e.target in order]
     return tuple(sorted(mine, key=lambda e: (order.index(e.target), min(map(min, e.ranks.values()), default=0))))
-
-
-def ranked(package: Package, backend: str, arch: int | str, key: str) -> tuple[tuple[Entry, ...], ...]:
-    """The candidates that were kept for `key`, for the best target that has any, best first, each with the binaries it
-    launches: what to time on the card."""
-    mine = [e for e in for_device(package, backend, arch) if key in e.ranks]
-    best = [e for e in mine if e.target == mine[0].target]
-    places = sorted({place for e in best for place in e.ranks[key]})
-    return tuple(tuple(e for e in best if place in e.ranks[key]) for place in places)

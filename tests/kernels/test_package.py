@@ -8,7 +8,7 @@ import pytest
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.kernels.aot import Binary, Kept, Resources, Variant
-from tpvc.kernels.package import for_device, ranked, read, write
+from tpvc.kernels.package import for_device, read, write
 from tpvc.kernels.targets import PTX, named
 
 VARIANT = Variant(
@@ -112,10 +112,6 @@ def test_what_runs_on_a_device_comes_best_first(tmp_path):
     package = read(tmp_path)
     assert [e.target for e in for_device(package, "cuda", 90)] == ["cuda:90", "cuda:90", "ptx:80"]
     assert [e.target for e in for_device(package, "cuda", 86)] == ["cuda:80", "ptx:80"]
-    assert [[e.options for e in way] for way in ranked(package, "cuda", 90, "sum")] == [[(4, 3)], [(4, 2)]]
-    assert [len(way) for way in ranked(package, "cuda", 90, "other")] == [1, 1]
-    assert [[e.target for e in way] for way in ranked(package, "cuda", 121, "sum")] == [["ptx:80"]]
-    assert ranked(package, "hip", "gfx942", "missing") == ()
     with pytest.raises(
         TpvcError, match=r"are for cuda:80, cuda:90, hip:gfx942, ptx:80 and this device is hip:gfx1100; b"
     ):
