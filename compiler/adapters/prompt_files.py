@@ -166,7 +166,7 @@ def about(program: Program) -> dict[str, Any]:
 def base_print(program: Program) -> str | None:
     """Hex digest that a model shares with its own quantised forms: that of the float weights' file hashes.
 
-    What `tpvc quantize` wrote says which files it was made of. A model made in memory has none.
+    What `tpvc quantize` and `tpvc export` wrote says which files it was made of. A model made in memory has none.
     """
     from tpvc.compiler.frontends import manifest
 
@@ -175,9 +175,23 @@ def base_print(program: Program) -> str | None:
     match manifest(program):
         case {"artefact": "checkpoint", "blocks": [*_], "source": {"files": dict() as files}}:
             pass
+        case {"artefact": str() as kind, "source": {"manifest": dict() as made}} if kind != "checkpoint" and (
+            files := _float_files(made)
+        ):
+            pass
+        case {"artefact": str() as kind, "source": {"files": dict() as files}} if kind != "checkpoint":
+            pass
         case _:
             files = program.source.files
     return hashlib.sha256("\n".join(sorted(files.values())).encode()).hexdigest()
+
+
+def _float_files(made: Mapping[str, Any]) -> dict[str, str] | None:
+    """Of a source's manifest as an export keeps it, without blocks: the float files, if it was quantised."""
+    match made:
+        case {"artefact": "checkpoint", "calibration": _, "source": {"files": dict() as files}}:
+            return files
+    return None
 
 
 def tokenizer_print(tokenizer: Any) -> str:

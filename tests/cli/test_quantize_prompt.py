@@ -159,3 +159,19 @@ def test_what_is_refused(carried, refused, tiny_llama, prompts, artefact, tmp_pa
     (tmp_path / "other" / "tpvc.json").write_text(json.dumps(other))
     assert "tuned for another model" in refused("run", artefact, TEXT, "--task", tmp_path / "other")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["vllm", "gptq", "gptq_v2"])
+def test_other_checkpoints_carry_them_too(to, carried, tiny_llama, prompts, ok, refused, tmp_path):
+    """Quantised, or straight from the model: both share the fingerprint of the float weights."""
+    out = tmp_path / to
+    ok("export", carried[0], "--to", to, "-o", out)
+    program = frontends.load(out)
+    assert [p.name for p in program.prompts] == ["a", "b"]
+    assert prompt_files.base_print(program) == prompt_files.base_print(frontends.load(tiny_llama))
+    assert ok("verify", carried[0], out, "--no-logits")
+    ok("quantize", tiny_llama, "-o", tmp_path / "plain", "--bits", 4, "--method", "rtn", "--group-size", 32)
+    ok("export", tmp_path / "plain", "--to", to, "-o", tmp_path / "given", "--prompt", f"a={prompts[0]}")
+    assert greedy(frontends.load(tmp_path / "given"), "a") == greedy(
+        frontends.with_prompts(frontends.load(tmp_path / "plain"), {"a": prompts[0]}), "a"
+    )
