@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Program, QTensor, bank_params, dense, read
+from tpvc.compiler.program import Program, QTensor, bank_params, dense, linears, read
 from tpvc.compiler.progress import Progress
 from tpvc.passes.reorder import orders
 
@@ -54,15 +54,31 @@ def read_all(program: Program, progress: Progress) -> Count:
 
 
 def of_program(program: Program, wanted: Program) -> Found:
-    """The parameters of another checkpoint of one model. TpvcError where it is another model."""
-    if missing := sorted(set(names(wanted)) ^ set(names(program))):
+    """The parameters of another checkpoint of one model, in which a tied head may have a matrix of its own, or the
+    other way round. TpvcError where it is another model."""
+    ours, theirs = _head(wanted), _head(program)
+    untied = {ours, theirs} if ours != theirs and (_tied(wanted) or _tied(program)) else set()
+    here, there = set(names(wanted)), set(names(program))
+    if missing := sorted((here ^ there) - untied):
         raise TpvcError(f"the models differ: only one has '{missing[0]}'; name directories that were made of one model")
-    ours, theirs = orders(wanted), orders(program)
-    for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
+    order_here, order_there = orders(wanted), orders(program)
+    for name in sorted({*order_here, *order_there}):
+        if order_here.get(name) != order_there.get(name):
             raise TpvcError(f"the columns of '{name}' are in groups by activation order in one and not so in the other")
     for name in names(wanted):
-        yield name, lambda name=name: read(program.params[name])
+        if name in there:
+            yield name, lambda name=name: read(program.params[name])
+    if untied:
+        yield ours, lambda: read(program.params[theirs])
+
+
+def _head(program: Program) -> str:
+    """The matrix that yields the logits."""
+    return linears(program.nodes)[-1].params["weight"]
+
+
+def _tied(program: Program) -> bool:
+    return any(n.op == "embed" and n.params["weight"] == _head(program) for n in program.nodes)
 
 
 def compare(program: Program, found: Found, target: str, reference: str, progress: Progress) -> Count:

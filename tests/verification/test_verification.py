@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+import tpvc
 from tpvc.compiler import frontends
 from tpvc.compiler.backends import onnx, triton
 from tpvc.compiler.backends.huggingface import emit
@@ -254,3 +255,23 @@ def test_a_damaged_manifest(made, copy):
     assert not verify([folder], logits=False)[0].proven
     (folder / "tpvc.json").write_text("{")
     refused([folder], "cannot be read as JSON")
+
+
+def test_a_tied_head_that_a_format_holds_twice(tmp_path, flip, tiny_tokenizer):
+    """vLLM's checkpoint has a matrix for the head and one for the embedding: both are those of the model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=384, max_position_embeddings=64, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
+    tiny_tokenizer.save_pretrained(tmp_path / "float")
+    tpvc.quantize(tmp_path / "float", tmp_path / "w4", method="rtn", group=32, head_bits=8)
+    tpvc.export(tmp_path / "w4", tmp_path / "vllm", to="vllm")
+    assert "lm_head.weight" in frontends.load(tmp_path / "vllm").params
+    said = [f.said for f in verify([tmp_path / "w4", tmp_path / "vllm"], logits=False) if f.subject == "numbers"]
+    assert len(said) == 2 and said[1].startswith("as in")
+    flip(tmp_path / "vllm", "lm_head.weight_packed")
+    (tmp_path / "vllm" / "tpvc.json").unlink()
+    with pytest.raises(TpvcError, match=r"as the code of 'model\.embed_tokens\.weight' at row 0, column 0"):
+        verify([tmp_path / "w4", tmp_path / "vllm"], logits=False)
