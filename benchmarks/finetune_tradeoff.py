@@ -4,7 +4,8 @@
 
 FOLDER holds train.txt, validation.txt and test.txt of the domain (or .jsonl). TEXT is general text, of which one part
 is learned to record importance and another, behind it, is only measured; `self` is written by the model, which is what
-a model that saw one kind of text knows. Every run writes one line to OUT/results.jsonl; what is there is not run again.
+a model that saw one kind of text knows. --other is general text of another kind that importance never saw.
+Every run writes one line to OUT/results.jsonl; what is there is not run again.
 --table prints the table and draws OUT/tradeoff-TRAIN.png.
 
 Every method trains the same tensors for the same steps on the same batches, and keeps its best state by validation.
@@ -29,6 +30,7 @@ from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import Program
 from tpvc.compiler.sample import sample
 from tpvc.compiler.tuning.examples import encode_examples, read_examples
+from tpvc.compiler.tuning.general_phase import DTYPES
 from tpvc.compiler.tuning.loss import score_answers
 from tpvc.compiler.tuning.texts import holds_examples, windows
 
@@ -71,19 +73,22 @@ def domain_file(folder: str, part: str) -> Path:
 
 @torch.no_grad()
 def measured(result: str | Path, args: argparse.Namespace, general: Path) -> dict[str, float]:
-    """Test loss on the domain and perplexity of general text of a checkpoint."""
+    """Test loss on the domain, and perplexity of general text and of the other, of a checkpoint."""
     program = frontends.load(result)
     tokenizer = frontends.tokenizer(program)
-    weight = interpret.in_memory(program)
+    weight = interpret.in_memory(program, dtype=DTYPES[args.dtype])
     test = domain_file(args.domain, "test")
     if holds_examples(test):
         examples = encode_examples(tokenizer, read_examples(test), args.length, program.facts.eos[0])[:256]
     else:
         examples = windows(program, tokenizer, test, args.length)[:256]
     domain = score_answers(program, weight, examples, 16, ops=OPS)
-    kept = windows(program, tokenizer, general, args.length)[: args.measured]
-    loss = score_answers(program, weight, kept, 16, ops=OPS).loss
-    return {"domain": domain.loss, "exact": domain.exact, "general": math.exp(loss)}
+    found = {"domain": domain.loss, "exact": domain.exact}
+    for name, path in (("general", general), ("other", args.other)):
+        if path is not None:
+            kept = windows(program, tokenizer, Path(path), args.length)[: args.measured]
+            found[name] = math.exp(score_answers(program, weight, kept, 16, ops=OPS).loss)
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     done = {json.loads(line)["key"] for line in lines}
     program = frontends.load(args.model)
     learned, kept = general_texts(args, program, frontends.tokenizer(program))
-    how = {"train": args.train, "lr": args.lr, "batch_size": args.batch, "max_length": args.length}
+    how = {"train": args.train, "lr": args.lr, "batch_size": args.batch, "max_length": args.length, "dtype": args.dtype}
 
     def note(key: str, record: dict) -> None:
         with results.open("a") as file:
@@ -111,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
             if (kind := FILES.get(options["method"])) is not None:
                 file = out / f"{args.train}-{kind}-{seed}.importance"
                 if not file.exists():
-                    importance(args.model, learned, file, method=kind, seed=seed, nsamples=args.nsamples, **how)
+                    general = how | {"lr": args.general_lr}
+                    importance(args.model, learned, file, method=kind, seed=seed, nsamples=args.nsamples, **general)
             for phi in [None] if name == "plain" else map(float, args.phis.split(",")):
                 key = f"{args.train}|{name}|{phi}|{seed}"
                 if key in done:
@@ -144,14 +150,15 @@ def table(args: argparse.Namespace) -> None:
     records = [json.loads(line) for line in (Path(args.out) / "results.jsonl").read_text().splitlines()]
     base = next(r for r in records if r["name"] == "base")
     own = [r for r in records if r.get("train") == args.train]
-    print(f"{args.train}: before, domain {base['domain']:.3f}, general {base['general']:.3f}\n")
-    print("| | phi | penalty / loss | domain, test loss | general perplexity |\n|---|---|---|---|---|")
+    kinds = [k for k in ("domain", "general", "other") if k in base]
+    print(f"{args.train}: before, {', '.join(f'{k} {base[k]:.3f}' for k in kinds)}\n")
+    print(f"| | phi | penalty / loss | {' | '.join(kinds)} |\n|---|---|---|{'---|' * len(kinds)}")
     figure, axes = pyplot.subplots(figsize=(7, 5))
     for name in METHODS:
         points = []
         for phi in sorted({r["phi"] for r in own if r["name"] == name}, key=lambda p: p or 0):
             group = [r for r in own if r["name"] == name and r["phi"] == phi]
-            means = [_mean([r[k] for r in group]) for k in ("domain", "general")]
+            means = [_mean([r[k] for r in group]) for k in kinds]
             told = " | ".join("{:.3f} ± {:.3f}".format(*mean) for mean in means)
             ratio = statistics.mean(r["ratio"] or 0 for r in group)
             cells = [name, "" if phi is None else f"{phi:g}", f"{ratio:.3f}"]
@@ -165,20 +172,23 @@ def table(args: argparse.Namespace) -> None:
     axes.legend()
     figure.savefig(Path(args.out) / f"tradeoff-{args.train}.png", dpi=120)
     print()
-    _at_equal_domain(own)
+    for kind in kinds[1:]:
+        _at_equal_domain(own, kind)
 
 
 def _mean(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _at_equal_domain(own: list[dict]) -> None:
-    """General perplexity of every method where its curve has the same domain loss: between two values of phi the
-    logarithm of perplexity is a straight line over the loss. Seeds apart, then their mean."""
+def _at_equal_domain(own: list[dict], kind: str) -> None:
+    """Perplexity of every method where its curve has the same domain loss: between two values of phi the logarithm of
+    perplexity is a straight line over the loss. Seeds apart, then their mean."""
     names = [n for n in METHODS if n != "plain" and any(r["name"] == n for r in own)]
+    if not names:
+        return
     seeds = sorted({r["seed"] for r in own})
     curves = {
-        (n, s): sorted((r["domain"], math.log(r["general"])) for r in own if r["name"] == n and r["seed"] == s)
+        (n, s): sorted((r["domain"], math.log(r[kind])) for r in own if r["name"] == n and r["seed"] == s)
         for n in names
         for s in seeds
     }
@@ -187,7 +197,7 @@ def _at_equal_domain(own: list[dict]) -> None:
     if not low < high:
         return
     levels = [low + (high - low) * f for f in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    print("General perplexity at equal domain loss\n")
+    print(f"Perplexity at equal domain loss, {kind} text\n")
     print(f"| domain loss | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for level in levels:
         cells = []
@@ -209,6 +219,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--domain", required=True)
     parser.add_argument("--general", default="self")
+    parser.add_argument("--other")
     parser.add_argument("-o", "--out", required=True)
     parser.add_argument("--train", default="lora")
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -217,6 +228,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--general-lr", type=float, help="Of recording importance; without it the default.")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of training and of what is measured.")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--nsamples", type=int, default=400, help="Windows of general text, to record importance on.")
     parser.add_argument("--measured", type=int, default=100, help="Windows of general text that are measured.")

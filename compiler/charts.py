@@ -134,11 +134,17 @@ def _decades(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten between the bounds; powers alone where that is enough."""
+    """1, 2, 5 times powers of ten between the bounds; powers alone where these are enough, round steps where few."""
     powers = range(math.floor(low), math.ceil(high) + 1)
     steps = (1,) if high - low > 2.5 else (1, 2, 5)
     ticks = [m * 10.0**p for p in powers for m in steps]
-    return [t for t in ticks if low <= math.log10(t) <= high]
+    ticks = [t for t in ticks if low <= math.log10(t) <= high]
+    if len(ticks) > 2:
+        return ticks
+    least = (10**high - 10**low) / 5
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= least)
+    return [step * i for i in range(math.ceil(10**low / step), math.floor(10**high / step) + 1)]
 
 
 def _plain(value: float) -> str:

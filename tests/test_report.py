@@ -141,6 +141,7 @@ def test_pictures_are_svg_and_points_are_inside():
 
 def test_an_all_zero_series_draws_nothing_and_zero_bars_do_not_divide_by_zero():
     assert charts.lines([0], [("a", [0.0])]) == ""
+    assert ">4<" in charts.lines([0, 1], [("a", [3.7, 4.6])])  # between 2 and 5 a step of its own
     assert charts.bars([0, 1], [0.0, None], report.percent_text).count("<rect") == 2
     assert charts.curve([[0, 0.0], [1, 0.0]]) == ""
 

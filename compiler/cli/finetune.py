@@ -55,7 +55,7 @@ is given again.
     help="Leave out a part of hierarchical; may be given twice.",
 )
 @click.option("--phi", type=float, help="Strength of the penalty, instead of --ratio.")
-@click.option("--ratio", type=float, help="Penalty over loss in the middle of the run.  [default: 0.05]")
+@click.option("--ratio", type=float, help="Penalty over loss where it sets in, at a quarter.  [default: 0.02]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of epochs.")
 @click.option("--merge", is_flag=True, help="Write the adapter folded into the weights, and itself in OUT/adapter.")
@@ -86,6 +86,9 @@ def command(model: str, out: Path, data: str, as_json: bool, **options: Any) -> 
     show, before = console.out().print, manifest["before"]
     kept = next(c for c in manifest["checks"] if c[0] == manifest["kept_step"])
     show(f"[bold]{out}[/] written in {units.seconds(took)}, {manifest['trainables']:,} trained numbers")
+    learned = manifest["data"]
+    what = f"windows of {manifest['options']['max_length']} tokens" if learned["kind"] == "text" else "examples"
+    show(f"  learned     {learned['training']:,} {what}, {learned['validation']:,} to choose by")
     show(f"  domain      validation loss {kept[1]:.4g}, {before[0]:.4g} before, at step {kept[0]}")
     show(f"  general     perplexity {math.exp(kept[3]):.4g}, {math.exp(before[2]):.4g} before")
     if manifest["options"]["method"] != "plain" and manifest["ratio"]["middle"] is not None:
@@ -94,6 +97,6 @@ def command(model: str, out: Path, data: str, as_json: bool, **options: Any) -> 
     if manifest["artefact"] == "checkpoint":
         show(f"  next        tpvc quantize {quote(str(out))} -o {quote(str(out) + '-w4')}", markup=False)
     elif manifest["artefact"] == "road":
-        show(f"  next        tpvc quantize {model} --road {road_argument(out)} -o OUT", markup=False)
+        show(f"  next        tpvc quantize {quote(model)} --road {road_argument(out)} -o OUT", markup=False)
     else:
         show("  next        peft.PeftModel.from_pretrained(model, OUT), or --merge for a checkpoint", markup=False)

@@ -42,7 +42,8 @@ def _pictures(manifest: dict) -> list[tuple[str, str, str]]:
         ),
         (
             "Perplexity of general text",
-            "Over windows from which nothing was learned, as the domain is learned; and that of the model as it was.",
+            "Over windows from which nothing was learned, as the domain is learned; and that of the model as it was. At"
+            " step 0 a hierarchical run has learned general text.",
             charts.lines(steps, general, "step"),
         ),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +143,13 @@ def general_phase(
     else:
         omega, told = _learned(program, space, held, how, texts, directory, ranks, progress)
         anchor = {name: _stored(program, space, name, p) for name, p in space.params.items()}
-        told |= {"loss_after": score(space, held, how, watched)[0], "coefficients": coefficients}
+        after = score(space, held, how, watched)[0]
+        if not math.isfinite(after):
+            _forget(directory, ranks)
+            raise TpvcError(f"behind general text the loss is {after}; expected a number, lower the learning rate")
+        told |= {"loss_after": after, "coefficients": coefficients}
     if ranks.rank == 0:
-        partial = path.with_name(f"{path.name}.new")
+        partial = directory / f"{path.name}.new"
         importance_file.write(
             partial, omega, space, anchor, coefficients if method == "path" else None, {**about, **told}
         )
@@ -172,7 +177,7 @@ def _learned(
         schedule = Schedule(
             max(1, round(len(text.training) / how.batch)), how.batch, how.lr, how.warmup, how.seed + number
         )
-        identity = {**run_identity(program), "training": str(how), "text": text.digest, "number": number}
+        identity = {**run_identity(program), "training": str(how), "texts": [t.digest for t in texts[: number + 1]]}
         store = ranks.store(directory / f"general-{number}", identity, replace=True)
         backward = backward_of(text.training, how.micro, space.adapter, ranks, how.device)
         step = general_step(
@@ -182,9 +187,9 @@ def _learned(
         lengths = [len(e.ids) for e in text.training]
         try:
             descend(space.params, lengths, step, None, schedule, store, also=also, stage=stage, progress=progress)
-        except Diverged:
-            store.clear()
-            raise
+        except Diverged as diverged:
+            _forget(directory, ranks)
+            raise TpvcError(f"on general text {diverged}") from diverged
         for name in space.layers:
             own, told = importance(omega.pop(name), space.value(name) - space.value(name, start))
             total[name] = own if number == 0 else total[name] + own
@@ -199,6 +204,14 @@ def _learned(
         "omega_sum": clamped.total,
         "clamped": {"elements": clamped.elements, "sum": clamped.mass},
     }
+
+
+def _forget(directory: Path, ranks: Ranks) -> None:
+    """Remove what was learned of all texts: it would only bring the next run to the same end."""
+    ranks.wait()
+    if ranks.rank == 0:
+        for store in directory.glob("general-*"):
+            shutil.rmtree(store, ignore_errors=True)
 
 
 def _fisher(

@@ -22,6 +22,8 @@ from tpvc.compiler.tuning.space import Space
 
 CLIP = 1.0
 """The longest gradient that a step uses, penalty and all; importance is recorded from the task's, before this."""
+QUARTER = 0.25
+"""The share of a run after which phi follows from a ratio."""
 
 See = Callable[[], tuple[Program, Weight]]
 Backward = Callable[[See, list[int]], float]
@@ -78,22 +80,20 @@ def general_step(
 
 @dataclass(frozen=True, eq=False)
 class Strength:
-    """phi: float64 [], changed in place while it is sought. ratio: the wanted penalty over loss; None: phi is given.
+    """phi: float64 [], changed in place where it is found out. ratio: the wanted penalty over loss; None: phi is given.
 
-    It is sought in the first half of the run. In every twentieth of it phi is multiplied by wanted over found, at least
-    1/2 and at most 2; the first time, with phi still 0, it becomes what would give the wanted ratio there and then.
+    The first QUARTER of the run has no penalty. Where it ends phi becomes what makes the penalty of the movement until
+    then the wanted share of the loss, and stays. It is not corrected later: a stronger phi holds elements back, so that
+    beyond some strength the penalty becomes less, and a wish that is never met would drive phi up without end.
     """
 
     phi: Tensor
     ratio: float | None
 
     def learn(self, loss: float, penalty: float, step: int, steps: int) -> None:
-        every = max(1, steps // 20)
-        if self.ratio is None or 2 * step >= steps or (step + 1) % every or not penalty > 0 or not loss > 0:
-            return
-        phi = float(self.phi)
-        wanted = self.ratio * loss / penalty
-        self.phi.fill_(wanted if phi == 0 else phi * min(2.0, max(0.5, wanted / phi)))
+        """Of step `step`, before it moves: the task's loss, and the penalty over phi."""
+        if self.ratio is not None and step == max(1, int(QUARTER * steps)) and penalty > 0:
+            self.phi.fill_(self.ratio * loss / penalty)
 
 
 def strength(phi: float | None, ratio: float | None) -> Strength:

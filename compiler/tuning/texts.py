@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,15 @@ def read_domain(
 ) -> Data:
     """Examples or windows of at most `length` tokens; without a validation file a tenth is drawn to choose by."""
     kinds = {path: holds_examples(path) for path in (training, *([validation] if validation else []))}
+    for path in kinds:
+        if not path.is_file():
+            raise TpvcError(f"there is no file {path}; expected examples or text")
     if len(set(kinds.values())) > 1:
-        raise TpvcError(f"one of {training} and {validation} holds examples and the other text; expected two of a kind")
+        examples, text = sorted(kinds, key=kinds.get, reverse=True)
+        raise TpvcError(f"{examples} holds examples and {text} text, or nothing; expected two of a kind")
     if kinds[training]:
-        return read_data(program, tokenizer, training, validation, length, seed)
+        found = read_data(program, tokenizer, training, validation, length, seed)
+        return replace(found, record={"kind": "examples", **found.record})
     learned = windows(program, tokenizer, training, length)
     files = {"training": {"name": training.name, "sha256": sha256(training)}}
     if validation is None:
@@ -63,9 +69,18 @@ def holds_examples(path: Path) -> bool:
 
 
 def windows(program: Program, tokenizer: Any, path: Path, length: int) -> list[Encoded]:
-    """All whole windows of `length` tokens of a text file, documents one behind the other."""
+    """All whole windows of `length` tokens of a text file, documents one behind the other.
+
+    TpvcError for a table that does not say which of its columns is the text.
+    """
     ids: list[int] = []
-    for text in documents(path, lambda messages: chat_text(tokenizer, messages)).texts:
+    found = documents(path, lambda messages: chat_text(tokenizer, messages))
+    if found.columns and not {"text", "prompt", "messages"} & set(found.columns):
+        raise TpvcError(
+            f"{path} has no column completion, label, text or messages, and '{found.columns[0]}' would be learned"
+            " alone; name the columns that are to be learned so"
+        )
+    for text in found.texts:
         ids += encode(tokenizer, text)
     if len(ids) < length:
         raise TpvcError(f"{path} holds {len(ids)} tokens; expected at least {length}, a window, use a longer text")

@@ -123,6 +123,7 @@ def _space(model: nn.Module, found: Importance) -> _Weights | LoraSpace:
 def _there(known: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in known:
         raise TpvcError(
-            f"the model has no parameter '{name}', which the importance is of; use the model it was made of"
+            f"the model has no parameter '{name}', which the importance is of; use the model that it was made of,"
+            " and for lora an adapter of all its targets"
         )
     return known[name]

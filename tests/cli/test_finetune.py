@@ -33,11 +33,11 @@ def given(tiny_llama, texts):
 
 @pytest.fixture(scope="session")
 def recorded(ok, tiny_llama, texts, tmp_path_factory):
-    """{train: importance file}."""
+    """{train: importance file}, at the default rate as `finetune --general` records it."""
     folder, files = tmp_path_factory.mktemp("recorded"), {}
     for train in ("weights", "lora"):
         files[train] = folder / train
-        ok("importance", tiny_llama, "--data", texts[0], "-o", files[train], "--train", train, *FAST[:-2])
+        ok("importance", tiny_llama, "--data", texts[0], "-o", files[train], "--train", train, *FAST[:-4])
     return files
 
 
@@ -145,6 +145,9 @@ def test_every_method_and_ablation_is_one_option(ok, given, tmp_path):
         told[name] = ok(*given, "-o", tmp_path / name, "--train", "lora", *chosen, *phi)["manifest"]
         found[name] = load_file(tmp_path / name / "adapter_model.safetensors")
     names = list(options)
+    assert {n: t["coefficients"] is not None for n, t in told.items()} == {
+        n: n in ("ours", "no elements") for n in names
+    }
     for i, a in enumerate(names):
         for b in names[:i]:
             assert any(not torch.equal(found[a][k], found[b][k]) for k in found[a]), (a, b)
@@ -239,6 +242,18 @@ def test_examples_are_learned_by_their_answers(ok, tiny_llama, texts, tmp_path):
     assert "exact answers" in (tmp_path / "o" / "report.html").read_text()
 
 
+def test_what_was_learned_is_told(tpvc, given, recorded, texts, tmp_path):
+    """In a line, and in the report, with the importance file that was used."""
+    rest = [x for x in given if x not in ("--general", texts[0])]
+    said = tpvc(*rest, "-o", tmp_path / "o", "--importance", recorded["lora"]).stdout
+    told = json.loads((tmp_path / "o" / "tpvc.json").read_text())
+    html = (tmp_path / "o" / "report.html").read_text()
+    learned, kept = told["data"]["training"], told["data"]["validation"]
+    assert f"learned     {learned} windows of 16 tokens, {kept} to choose by" in said
+    assert f"{learned} windows of text, {kept} to choose by" in html
+    assert told["importance"]["file"]["sha256"] in html
+
+
 def test_bfloat16_learns_too(ok, given, tmp_path):
     told = ok(*given, "-o", tmp_path / "o", "--train", "weights", "--dtype", "bfloat16")["manifest"]
     assert told["checks"][-1][1] < told["before"][0] - 0.05 and told["options"]["dtype"] == "bfloat16"
@@ -252,6 +267,7 @@ def test_bfloat16_learns_too(ok, given, tmp_path):
         (("--phi", "1", "--ratio", "0.1"), "expected one of them"),
         (("--method", "plain", "--phi", "1"), "plain fine-tuning has no penalty"),
         (("--method", "l2", "--without", "layers"), "of the hierarchical method"),
+        (("--targets", ","), "no linear called none"),
         (("--nsamples", "4000"), "use a longer text"),
         (("--max-length", "250", "--nsamples", "10"), "--validation file"),
         (("--train", "weights", "--merge"), "there is nothing to merge"),
@@ -271,6 +287,7 @@ def test_importance_that_does_not_belong(refused, given, tiny_llama, texts, reco
     out = ("-o", tmp_path / "o")
     assert "name one of them" in refused(*rest, *out)
     assert "leave it out" in refused(*rest, *out, "--importance", file, "--train", "weights")
+    assert "targets is q_proj, but" in refused(*rest, *out, "--importance", file, "--targets", "q_proj")
     assert "rank is 4" in refused(*rest, *out, "--importance", file, "--rank", 4)
     assert "needs 'fisher'" in refused(*rest, *out, "--importance", file, "--method", "ewc")
     assert "uses no importance" in refused(*rest, *out, "--importance", file, "--method", "l2")

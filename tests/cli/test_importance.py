@@ -86,6 +86,44 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(ok, tpvc, tiny_llama
     assert not (tmp_path / "twice.partial").exists()
 
 
+def test_a_second_text_does_not_go_on_behind_another_first_one(ok, tpvc, tiny_llama, general, tmp_path, monkeypatch):
+    """Stopped in the second of two texts, and begun with another first one: not from what the old first one left."""
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"{i} foxes and {i} dogs jump." for i in range(160)))
+    given = ("importance", tiny_llama, "--train", "lora", *FAST)
+    ok(*given, "--data", other, "--data", general[1], "-o", tmp_path / "once")
+    calls, whole = 0, phase.record
+
+    def stopping(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 14:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(phase, "record", stopping)
+    assert tpvc(*given, "--data", general[0], "--data", general[1], "-o", tmp_path / "twice").exit_code == 130
+    monkeypatch.undo()
+    assert list((tmp_path / "twice.partial" / "blocks" / "general-1").glob("block-*"))
+    ok(*given, "--data", other, "--data", general[1], "-o", tmp_path / "twice", "--overwrite")
+    assert (tmp_path / "once").read_bytes() == (tmp_path / "twice").read_bytes()
+
+
+def test_what_diverges_in_a_later_text_leaves_nothing(refused, tiny_llama, general, tmp_path, monkeypatch):
+    whole, phases = module.backward_of, 0
+
+    def breaking(*arguments):
+        nonlocal phases
+        phases += 1
+        return whole(*arguments) if phases == 1 else lambda see, indices: float("inf")
+
+    monkeypatch.setattr(module, "backward_of", breaking)
+    both = ("--data", general[0], "--data", general[1])
+    said = refused("importance", tiny_llama, *both, "-o", tmp_path / "a", *FAST)
+    assert said.startswith("on general text the loss is inf at step 0")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_rate_of_nothing_moves_nothing(ok, tiny_llama, general, tmp_path):
     """lr 1e-30 is lost in every weight: no importance, and coefficients that are all 1."""
     ok("importance", tiny_llama, "--data", general[0], "-o", tmp_path / "z", "--train", "weights", *FAST, "--lr", 1e-30)
@@ -120,7 +158,8 @@ def test_what_is_there_is_not_replaced_unless_it_is_ours(ok, refused, tiny_llama
         (("--targets", "all"), "which only weights can be"),
         (("--rank", 65), "expected 1 to"),
         (("--lr", -1), "expected a rate above 0"),
-        (("--lr", 1e30, "--train", "weights"), "lower the learning rate"),
+        (("--lr", 1e30, "--train", "weights"), "on general text the loss is"),
+        (("--lr", 1e30, "--train", "weights", "--batch-size", 64), "behind general text the loss is"),  # of one step
         (("--device", "cuda:9"), "cannot be used here"),
     ],
 )

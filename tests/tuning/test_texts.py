@@ -53,15 +53,31 @@ def test_text_is_cut_into_windows_that_are_learned_whole(loaded, tmp_path):
 def test_examples_are_examples(loaded, tmp_path):
     path = _lines(tmp_path / "d.jsonl", [{"prompt": f"What is {i}?", "completion": " a number"} for i in range(20)])
     found = read_domain(*loaded, path, None, 32, 0)
-    assert len(found.training) == 18 and len(found.checking) == 2
+    assert found.record["kind"] == "examples" and len(found.training) == 18 and len(found.checking) == 2
     assert all(1 < e.answer < len(e.ids) for e in found.training)
 
 
 def test_two_of_a_kind(loaded, tmp_path):
     path = _lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}] * 12)
     (tmp_path / "d.txt").write_text("the fox " * 100)
-    with pytest.raises(TpvcError, match="expected two of a kind"):
-        read_domain(*loaded, path, tmp_path / "d.txt", 32, 0)
+    for first, second in ((path, tmp_path / "d.txt"), (tmp_path / "d.txt", path)):
+        with pytest.raises(TpvcError, match=r"d.jsonl holds examples and .*d.txt text, or nothing; expected two of a"):
+            read_domain(*loaded, first, second, 32, 0)
+
+
+def test_a_table_says_which_column_is_learned(loaded, tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("question,answer\n" + "what does the fox do,it jumps over the dog\n" * 200)
+    with pytest.raises(TpvcError, match="no column completion, label, text or messages, and 'question' would be"):
+        read_domain(*loaded, path, None, 16, 0)
+    path.write_text("text,author\n" + "the fox jumps over the dog,nobody\n" * 200)
+    assert read_domain(*loaded, path, None, 16, 0).record["kind"] == "text"
+
+
+def test_a_file_that_is_not_there(loaded, tmp_path):
+    for name in ("d.jsonl", "d.txt", "."):
+        with pytest.raises(TpvcError, match="there is no file"):
+            read_domain(*loaded, tmp_path / name, None, 16, 0)
 
 
 def test_too_short(loaded, tmp_path):
