@@ -9,6 +9,7 @@ from tpvc.compiler import frontends
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Program, grid_of
 from tpvc.compiler.tuning.importance_file import Importance
+from tpvc.compiler.tuning.lora_space import KIND as LORA
 from tpvc.compiler.tuning.weight_space import KIND as WEIGHTS
 
 METHODS = {"hierarchical": "path", "ewc": "fisher", "l2": None, "plain": None}
@@ -72,6 +73,11 @@ def told_by(
             asked, kept = (", ".join(v) if isinstance(v, tuple) else v for v in (value, own[key]))
             raise TpvcError(f"{key} is {asked}, but the importance was recorded with {kept}; leave it out")
     return own["train"], own["targets"], own["rank"]
+
+
+def check_rank(train: str, rank: int | None) -> None:
+    if rank is not None and train != LORA:
+        raise TpvcError(f"a rank of {rank} was asked for, which training '{train}' has not; leave it out")
 
 
 def check_merge(program: Program, train: str) -> None:

@@ -14,7 +14,7 @@ import tpvc
 from tpvc.compiler import finetune_write, frontends
 from tpvc.compiler.adapters.prompt_files import base_print
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.finetune_checks import check_merge, load_base, needed_by, told_by
+from tpvc.compiler.finetune_checks import check_merge, check_rank, load_base, needed_by, told_by
 from tpvc.compiler.output import (
     ARTEFACT,
     BLOCKS,
@@ -51,7 +51,7 @@ def importance(
     method: str = "path",
     train: str = "lora",
     targets: str | Sequence[str] = LINEARS,
-    rank: int = RANK,
+    rank: int | None = None,
     coefficients: str = layer_coefficients.NORMALISED,
     nsamples: int = 512,
     max_length: int = 256,
@@ -70,7 +70,7 @@ def importance(
     data          general text, or several, learned one after the other: as `tpvc quantize --dataset` takes it;
                   `nsamples` windows of `max_length` tokens of each, of which every tenth is only measured
     method        "path": the method of arXiv 2501.13669 in our reading; "fisher": the diagonal that EWC takes
-    train, targets, rank   what domain phases will train: see tpvc.compiler.tuning.space
+    train, targets, rank   what domain phases will train: see tpvc.compiler.tuning.space; rank None: 8
     coefficients  of layers: "normalised", or the paper's "raw"
 
     An interrupted run goes on when the same call is made again.
@@ -85,10 +85,13 @@ def importance(
         raise TpvcError(
             f"layer coefficients are '{coefficients}'; expected one of {', '.join(layer_coefficients.KINDS)}"
         )
+    if (method, coefficients) == ("fisher", layer_coefficients.RAW):
+        raise TpvcError("a Fisher matrix has no layer coefficients; leave them out, or record --method path")
+    check_rank(train, rank)
     how = training(
         train=train,
         targets=targets,
-        rank=rank,
+        rank=RANK if rank is None else rank,
         batch_size=batch_size,
         micro_batch=micro_batch,
         lr=lr,
@@ -176,6 +179,7 @@ def finetune(
     progress("load", 0, 1, str(model))
     program = load_base(model)
     found = None
+    check_rank(train or "lora", rank)
     if importance is not None:
         importance = Path(importance).expanduser()
         found = importance_file.read(importance)

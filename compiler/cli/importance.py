@@ -57,8 +57,7 @@ def command(model: str, out: Path, data: tuple[str, ...], as_json: bool, **optio
 
     check_device(options["device"])
     options["targets"] = targets_of(options["targets"] or "all-linear")
-    for name, value in (("train", "lora"), ("rank", 8)):
-        options[name] = options[name] or value
+    options["train"] = options["train"] or "lora"
     try:
         with console.Bars() as bars:
             progress = bars if is_first() else silent

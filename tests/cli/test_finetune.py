@@ -270,6 +270,7 @@ def test_bfloat16_learns_too(ok, given, tmp_path):
         (("--targets", ","), "no linear called none"),
         (("--nsamples", "4000"), "use a longer text"),
         (("--max-length", "250", "--nsamples", "10"), "--validation file"),
+        (("--train", "weights", "--rank", "4"), "a rank of 4 was asked for"),
         (("--train", "weights", "--merge"), "there is nothing to merge"),
         (("--importance", "nowhere"), "there is no file nowhere"),
         (("--validation", "nowhere.txt"), "nowhere.txt"),

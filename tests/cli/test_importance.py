@@ -157,6 +157,8 @@ def test_what_is_there_is_not_replaced_unless_it_is_ours(ok, refused, tiny_llama
         (("--targets", "query"), "no linear called 'query'"),
         (("--targets", "all"), "which only weights can be"),
         (("--rank", 65), "expected 1 to"),
+        (("--rank", 4, "--train", "road_1"), "a rank of 4 was asked for"),
+        (("--method", "fisher", "--coefficients", "raw"), "no layer coefficients"),
         (("--lr", -1), "expected a rate above 0"),
         (("--lr", 1e30, "--train", "weights"), "on general text the loss is"),
         (("--lr", 1e30, "--train", "weights", "--batch-size", 64), "behind general text the loss is"),  # of one step
