@@ -18,7 +18,7 @@ from torch import Tensor
 from tpvc.compiler import chat, frontends, interpret
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import Perplexity, Predictor, encode, pieces, predictor, read_text, score, text_windows
-from tpvc.compiler.program import adapter_id, prompt_ids
+from tpvc.compiler.program import Program, adapter_id, prompt_ids
 from tpvc.compiler.progress import Progress, silent
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
@@ -46,7 +46,7 @@ def measure(
     task: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Perplexity of `target` (a GenAI folder, or whatever `tpvc.load` takes), and its distance from an original.
+    """Perplexity of `target` (a GenAI folder, a package, or what `tpvc.load` takes), and its distance from an original.
 
     text     a UTF-8 file whose first windows * seqlen tokens are used; without one, a short built-in English text
     against  the original: it is measured on the same tokens, and `target` is compared with it
@@ -77,21 +77,22 @@ def measure(
 
 
 def open_subject(target: str, threads: int, adapter: str | None = None, task: str | None = None) -> Subject:
-    """Load `target` for measuring, under one of its adapters and behind one of its prompts, or as the base model.
-
-    Weights stay in memory when they take less than a quarter of it.
-    """
+    """Load `target` for measuring, under one of its adapters and behind one of its prompts, or as the base model."""
     torch.set_num_threads(threads)
-    if chat.is_genai(target):
+    if chat.is_genai(target) or chat.is_package(target):
         return Subject(
             target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads, adapter, task))
         )
     program, adapter, task = frontends.load_for(target, adapter, task)
     adapter_id(program, adapter), prompt_ids(program, task)  # unknown ones are refused before weights are read
+    return Subject(target, frontends.tokenizer(program), predictor(program, weights(program), adapter, task))
+
+
+def weights(program: Program) -> interpret.Weight:
+    """The program's weights, in memory when they take less than a quarter of it."""
     floats = 4 * sum(math.prod(p.shape) for p in program.params.values())
     small = 4 * floats < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    weight = interpret.in_memory(program) if small else interpret.from_files(program)
-    return Subject(target, frontends.tokenizer(program), predictor(program, weight, adapter, task))
+    return interpret.in_memory(program) if small else interpret.from_files(program)
 
 
 def _runtime(engine: chat.Engine) -> Predictor:

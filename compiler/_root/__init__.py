@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 _API = {
     "load": "tpvc.compiler.frontends",
+    "plan": "tpvc.compiler.plan",
     "quantize": "tpvc.compiler.pipeline",
     "export": "tpvc.compiler.pipeline",
     "road_tune": "tpvc.compiler.tuning.road_tune",
@@ -25,6 +26,7 @@ _API = {
     "perplexity": "tpvc.compiler.evaluate",
     "divergence": "tpvc.compiler.evaluate",
     "measure": "tpvc.compiler.measure",
+    "evaluate_tasks": "tpvc.compiler.harness",
     "bench": "tpvc.compiler.bench",
     "verify": "tpvc.compiler.verification",
     "TpvcError": "tpvc.compiler.errors",
