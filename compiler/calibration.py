@@ -20,6 +20,7 @@ from tpvc.compiler.documents import READERS, Documents, documents, record_text
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import encode
 from tpvc.compiler.frontends.demo import sha256
+from tpvc.compiler.frontends.tokenizer_files import rendered
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress
 from tpvc.compiler.sample import sample
@@ -54,6 +55,28 @@ def calibrate(
 
     Raises TpvcError when a file is missing, damaged or too short, or the tokenizer is not the model's.
     """
+    windows, files, extra = text_windows(program, tokenizer, dataset, nsamples, seqlen)
+    missing = nsamples - len(windows)
+    if missing:
+        windows = torch.cat((windows, sample(program, tokenizer, missing, seqlen, seed, progress)))
+    origin = {
+        "dataset": dataset,
+        "files": files,
+        "tokens": nsamples * seqlen,
+        "sampled_tokens": missing * seqlen,
+        "sha256": hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest(),
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "seed": seed,
+    }
+    return Calibration(windows, origin | extra)
+
+
+def text_windows(
+    program: Program, tokenizer: Any, dataset: str, nsamples: int, seqlen: int
+) -> tuple[Tensor, dict[str, str], dict[str, Any]]:
+    """(the windows that the text of `dataset` yields, at most `nsamples`; its files {name: sha256}; what else its
+    origin says). The others are for the model to write."""
     if nsamples < 1 or seqlen < 2:
         raise TpvcError(f"{nsamples} windows of {seqlen} tokens were asked for; expected at least 1 window of 2 tokens")
     if seqlen > program.facts.context_length:
@@ -83,20 +106,7 @@ def calibrate(
             f"the text has token {int(windows.max())}, the model knows {program.facts.vocab_size}; the tokenizer "
             "is not this model's"
         )
-    missing = nsamples - len(windows)
-    if missing:
-        windows = torch.cat((windows, sample(program, tokenizer, missing, seqlen, seed, progress)))
-    origin = {
-        "dataset": dataset,
-        "files": files,
-        "tokens": nsamples * seqlen,
-        "sampled_tokens": missing * seqlen,
-        "sha256": hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest(),
-        "nsamples": nsamples,
-        "seqlen": seqlen,
-        "seed": seed,
-    }
-    return Calibration(windows, origin | extra)
+    return windows, files, extra
 
 
 def builtin() -> dict[str, str]:
@@ -126,13 +136,7 @@ def chat_text(tokenizer: Any, messages: Any) -> str:
     """Messages in the model's chat template, or one after another where it has none; TpvcError for what it refuses."""
     if not getattr(tokenizer, "chat_template", None):
         return "\n\n".join(str(message["content"]) for message in messages)
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False)
-    except Exception as error:  # whatever the model's template raises: a role it refuses, a message without text
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TpvcError(
-            f"the model's chat template refuses a conversation ({reason}); use messages it takes, or plain text"
-        ) from error
+    return rendered(tokenizer, messages, tokenize=False)
 
 
 def _first_windows(texts: Iterable[str], tokenizer: Any, dataset: str, nsamples: int, seqlen: int) -> Tensor:

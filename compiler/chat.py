@@ -32,7 +32,7 @@ class Engine:
     generate   (ids, max_new_tokens, temperature, seed, stop) -> the tokens that follow, one by one; greedy at
                temperature 0; with stop=False the end-of-text token does not end it (speed measurements)
     decoder    () -> a function that turns one token after the other into text that can be printed
-    logits     ids of one window [L] -> float32 numpy [L, vocab]
+    logits     (ids of one window [L], first=0) -> float32 numpy [L - first, vocab], of the positions from `first` on
     """
 
     label: str
@@ -43,7 +43,7 @@ class Engine:
     encode: Callable[[Prompt], list[int]]
     generate: Callable[..., Iterator[int]]
     decoder: Callable[[], Callable[[int], str]]
-    logits: Callable[[list[int]], Any]
+    logits: Callable[..., Any]
 
 
 def is_genai(target: str | Path) -> bool:
@@ -62,7 +62,9 @@ def genai_facts(folder: Path) -> dict[str, Any]:
 
     path = folder / "genai_config.json"
     match read_json(path):
-        case {"model": {"vocab_size": int(), "context_length": int(), "decoder": {"filename": str()}} as model}:
+        case {"model": {"vocab_size": int(), "context_length": int(), "decoder": {"filename": str(name)}} as model} if (
+            Path(name).name == name
+        ):
             return model
     raise TpvcError(f"{path} lacks what ONNX Runtime GenAI needs to know of the model; export the folder again")
 
@@ -71,8 +73,10 @@ def has_template(folder: Path) -> bool:
     """Does the tokenizer that lies in `folder` know how to write a chat?"""
     if (folder / "chat_template.jinja").is_file():
         return True
+    from tpvc.compiler.frontends.weights import read_json
+
     config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
 def cores() -> int:
@@ -127,6 +131,10 @@ def adapter_file(folder: Path, name: str) -> Path:
     return found[name]
 
 
+MOST_IDS = 1 << 24
+"""Ids, and virtual tokens, are fewer than this."""
+
+
 def carried_prompts(folder: Path) -> dict[str, list[int]]:
     """{task: ids of its virtual tokens} of a GenAI folder; of a prompt that was folded into its graph, no ids."""
     from tpvc.compiler.frontends.weights import read_json
@@ -139,7 +147,9 @@ def carried_prompts(folder: Path) -> dict[str, list[int]]:
     listed = manifest.get("prompts", [])
     for prompt in listed if isinstance(listed, list) else [listed]:
         match prompt:
-            case {"name": str(name), "first_id": int(first), "tokens": int(tokens)}:
+            case {"name": str(name), "first_id": int(first), "tokens": int(tokens)} if (
+                0 <= first < MOST_IDS and 0 < tokens < MOST_IDS
+            ):
                 found[name] = list(range(first, first + tokens))
             case _:
                 raise TpvcError(f"{path} lists a prompt without its name, ids and length; export the model again")
@@ -163,6 +173,8 @@ def _genai(folder: Path, threads: int, adapter: str | None, task: str | None) ->
     import numpy as np
     import onnxruntime_genai as og
 
+    from tpvc.compiler.frontends.fields import token_ids
+
     facts = genai_facts(folder)
     file = None if adapter is None else adapter_file(folder, adapter)
     before = virtual_ids(folder, task)
@@ -176,8 +188,7 @@ def _genai(folder: Path, threads: int, adapter: str | None, task: str | None) ->
             adapters.load(str(file), adapter)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise TpvcError(f"{folder}: ONNX Runtime GenAI cannot load this folder: {_first_line(error)}") from error
-    eos = facts.get("eos_token_id", [])
-    eos = set(eos if isinstance(eos, list) else [eos])
+    eos = set(token_ids(facts, "eos_token_id"))
 
     def start(ids: list[int], length: int, **options: Any) -> og.Generator:
         params = og.GeneratorParams(model)
@@ -204,16 +215,17 @@ def _genai(folder: Path, threads: int, adapter: str | None, task: str | None) ->
 
     last_only = False
 
-    def logits(ids: list[int]) -> Any:
+    def logits(ids: list[int], first: int = 0) -> Any:
         nonlocal last_only
         length = min(len(ids) + 1, facts["context_length"])
         if not last_only:
             found = start(ids, length).get_output("logits")[0]
             last_only = len(found) < len(ids)
+            found = found[first:]
         if last_only:  # one token after the other, then
-            generator = start(ids[:1], length)
+            generator = start(ids[: first + 1], length)
             rows = [generator.get_output("logits")[0, -1]]
-            for token in ids[1:]:
+            for token in ids[first + 1 :]:
                 generator.append_tokens(np.asarray([token], np.int32))
                 rows.append(generator.get_output("logits")[0, -1])
             found = np.stack(rows)
@@ -272,15 +284,11 @@ def _package(folder: Path, threads: int, adapter: str | None, task: str | None, 
     from tpvc.compiler.backends import triton
     from tpvc.compiler.backends.triton.engine import Draw
     from tpvc.compiler.backends.triton.engine import Engine as Slots
-    from tpvc.compiler.backends.triton.on_torch import OnTorch
     from tpvc.kernels.driver import present
 
     torch.set_num_threads(threads)
     backend = present() if device == "auto" else None if device == "cpu" else device
-    if backend is None:
-        compute = OnTorch(triton.read_unchanged(folder), 1, triton.capacity_of(folder))
-    else:
-        compute = triton.open_gpu(folder, backend)
+    compute = triton.open_cpu(folder) if backend is None else triton.open_gpu(folder, backend)
     model, slots = compute.model, Slots(compute)
     capacity = slots.holds(adapter, task)  # unknown ones are refused now
 
@@ -309,9 +317,9 @@ def _package(folder: Path, threads: int, adapter: str | None, task: str | None, 
                 token = int(state.send(token))
         state.close()
 
-    def logits(ids: list[int]) -> Any:
-        state = following(ids[:1], "logits", iter(lambda: Draw(1.0, 1.0, 0.0), None))
-        rows = [next(state).numpy()] + [state.send(token).numpy() for token in ids[1:]]
+    def logits(ids: list[int], first: int = 0) -> Any:
+        state = following(ids[: first + 1], "logits", iter(lambda: Draw(1.0, 1.0, 0.0), None))
+        rows = [next(state).numpy()] + [state.send(token).numpy() for token in ids[first + 1 :]]
         state.close()
         return np.stack(rows)
 
@@ -350,9 +358,9 @@ def _interpreter(target: str, threads: int, adapter: str | None, task: str | Non
         prompt = torch.tensor(ids)
         return interpret.generate(program, prompt, max_new_tokens, weight, temperature, source, stop, adapter)
 
-    def logits(ids: list[int]) -> Any:
+    def logits(ids: list[int], first: int = 0) -> Any:
         with torch.no_grad():
-            return interpret.logits(program, torch.tensor([ids]), weight=weight, adapter_ids=row)[0].numpy()
+            return interpret.logits(program, torch.tensor([ids]), weight=weight, adapter_ids=row)[0, first:].numpy()
 
     text: list[Any] = []
 
@@ -399,12 +407,9 @@ def parameter_bytes(parameter: Any) -> int:
 
 
 def auto_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from tpvc.compiler.frontends.tokenizer_files import opened
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TpvcError(f"{folder}: no tokenizer can be read from it: {_first_line(error)}") from error
+    return opened(folder)
 
 
 def transformers_text(tokenizer: Any, name: str) -> tuple[Any, Any]:
@@ -413,9 +418,9 @@ def transformers_text(tokenizer: Any, name: str) -> tuple[Any, Any]:
             return tokenizer(prompt)["input_ids"]
         if not getattr(tokenizer, "chat_template", None):
             raise _no_template(name)
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
+        from tpvc.compiler.frontends.tokenizer_files import rendered
+
+        return rendered(tokenizer, prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
 
     def decoder() -> Callable[[int], str]:
         tokens: list[int] = []

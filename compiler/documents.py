@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from tpvc.compiler import json_text
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import read_text
 
@@ -32,9 +32,14 @@ def documents(path: Path, chat: Chat) -> Documents:
     """The documents of a file, by its suffix. TpvcError for an unknown suffix, a damaged file or one without text."""
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():
-        raise TpvcError(f"there is no file {path}; expected text to calibrate with")
+        raise TpvcError(f"there is no file {path}; expected a file of text")
     if reader is None:
         raise TpvcError(f"text cannot be read from {path}; expected a file of type {', '.join(READERS)}")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise TpvcError(f"{path} cannot be read ({error.strerror}); expected a file of text") from error
     found = reader(path, chat)
     return Documents(_guarded(path, found.texts), found.columns)
 
@@ -43,18 +48,26 @@ def record_text(record: Any, chat: Chat, where: str) -> str:
     """The text of one record: field `text`, or `prompt` and `completion` joined as they are, or chat `messages`."""
     match record:
         case {"text": str(text)}:
-            return text
+            return _whole(text, where)
         case {"prompt": str(prompt), "completion": str(completion)}:
-            return prompt + completion
+            return _whole(prompt + completion, where)
         case {"messages": [*messages]} if all(
             isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
         ):
             try:
-                return chat(messages)
+                return _whole(chat(messages), where)
             except TpvcError as error:
                 raise TpvcError(f"{where}: {error}") from error
     found = f"the fields {sorted(map(str, record))}" if isinstance(record, Mapping) else f"a {type(record).__name__}"
     raise TpvcError(f"{where} has {found}; expected a record with 'text', 'prompt' and 'completion', or 'messages'")
+
+
+def _whole(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TpvcError(f"{where} has half a character; expected text that UTF-8 can hold") from None
+    return text
 
 
 def choose_columns(names: Sequence[str], wordy: Sequence[str], where: str) -> tuple[str, ...]:
@@ -74,6 +87,9 @@ def table_texts(rows: Iterable[Mapping[str, Any]], columns: tuple[str, ...], cha
         if all(chosen.values()):
             yield record_text(chosen, chat, f"row {number} of {where}")
 
+
+RATIO = 1000
+"""Of what a compressed table may hold to its size. Text is compressed to a third or a tenth of its size."""
 
 RECORDS = {("prompt", "completion"), ("messages",)}
 
@@ -97,9 +113,10 @@ def _jsonl(path: Path, chat: Chat) -> Documents:
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 try:
-                    record = json.loads(line) if line.strip() else None
-                except json.JSONDecodeError as error:
-                    raise TpvcError(f"{where} is not JSON ({error.msg}); expected one record a line") from None
+                    record = json_text.parse(line) if line.strip() else None
+                except ValueError as error:
+                    reason = getattr(error, "msg", None) or error
+                    raise TpvcError(f"{where} is not JSON ({reason}); expected one record a line") from None
                 if line.strip():
                     yield record_text(record, chat, where)
 
@@ -128,16 +145,21 @@ def _parquet(path: Path, chat: Chat) -> Documents:
         raise TpvcError(f"reading {path.name} needs pyarrow; install it with: pip install 'tpvc[data]'") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        schema = file.schema_arrow
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise TpvcError(f"{path} is not a readable parquet file ({error}); download it again") from error
-    schema = file.schema_arrow
+    most = RATIO * path.stat().st_size + (16 << 20)
     columns = choose_columns(schema.names, [f.name for f in schema if "string" in str(f.type)[:12]], str(path))
 
     def rows() -> Iterator[dict[str, Any]]:
+        size = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=list(columns)):
+                size += batch.nbytes
+                if size > most:
+                    raise TpvcError(f"{path} holds over {RATIO} times its own size of text; use another table")
                 yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise TpvcError(f"{path} is not a readable parquet file ({error}); download it again") from error
 
     return Documents(table_texts(rows(), columns, chat, str(path)), columns)

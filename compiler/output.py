@@ -19,20 +19,24 @@ MANIFEST = "tpvc.json"
 ADAPTERS = "adapters"
 PROMPTS = "prompts"
 """The folders of an artefact that hold its adapters and its soft prompts, each under its name."""
-ARTEFACT, BLOCKS, REPLACED, LOCK = "artefact", "blocks", "replaced", "lock"
-"""What `OUT.partial` may hold: the artefact being written, a BlockStore, what stood at OUT before, and whose it is."""
+ARTEFACT, BLOCKS, DONE, REPLACED, LOCK = "artefact", "blocks", "done", "replaced", "lock"
+"""What `OUT.partial` may hold: the artefact being written, a BlockStore, what it is called when its artefact is whole,
+what stood at OUT before, and whose it is."""
 
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Refuse a place that holds something that is not ours, or ours without `overwrite`, or that cannot be renamed."""
+    place = Path(os.path.abspath(out))
     try:
-        _check_place(out, Path(os.path.abspath(out)), overwrite)
+        _check_place(out, place)
         _check_work(working(out))
+        _tidy(working(out), place)
+        _check_new(out, place, overwrite)
     except OSError as error:
         raise TpvcError(f"output '{out}' cannot be used ({error.strerror or error}); choose another place") from error
 
 
-def _check_place(out: Path, place: Path, overwrite: bool) -> None:
+def _check_place(out: Path, place: Path) -> None:
     here = Path.cwd()
     if place in (here, *here.parents) or place.is_mount():
         what = "a mount point" if place.is_mount() else "or holds the working directory"
@@ -49,7 +53,10 @@ def _check_place(out: Path, place: Path, overwrite: bool) -> None:
         return
     if not (place / MANIFEST).is_file():
         raise TpvcError(f"output '{out}' holds files that tpvc did not write; choose a new or empty directory")
-    if not overwrite:
+
+
+def _check_new(out: Path, place: Path, overwrite: bool) -> None:
+    if not overwrite and (place / MANIFEST).is_file():
         raise TpvcError(f"output '{out}' already holds an artefact; add --overwrite to replace it, or choose another")
 
 
@@ -57,7 +64,7 @@ def _check_work(work: Path) -> None:
     """The working directory is removed in the end, so it must be ours."""
     if not work.exists() and not work.is_symlink():
         return
-    if not work.is_dir() or {p.name for p in work.iterdir()} - {ARTEFACT, BLOCKS, REPLACED, LOCK}:
+    if not work.is_dir() or {p.name for p in work.iterdir()} - {ARTEFACT, BLOCKS, DONE, REPLACED, LOCK}:
         raise TpvcError(
             f"'{work}', where the output is written first, is not tpvc's; rename it or choose another output"
         )
@@ -87,6 +94,7 @@ def published(out: Path, overwrite: bool, resumable: bool = False) -> Iterator[P
     work = working(out)
     _check_work(work)
     with _alone(work):
+        _recover(work, Path(os.path.abspath(out)))
         if not resumable:
             if _finished(work) and not overwrite:
                 raise TpvcError(
@@ -102,12 +110,13 @@ def check_file_free(out: Path, overwrite: bool, ours: Callable[[Path], bool]) ->
     parent = next(p for p in place.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise TpvcError(f"'{parent}' is not a directory that can be written to; choose another output file")
+    _check_work(working(out))
+    _tidy(working(out), place)
     if os.path.lexists(place):
         if not place.is_file() or not ours(place):
             raise TpvcError(f"output '{out}' is something that tpvc did not write; choose a new file")
         if not overwrite:
             raise TpvcError(f"output '{out}' is already there; add --overwrite to replace it, or choose another")
-    _check_work(working(out))
 
 
 @contextmanager
@@ -116,48 +125,103 @@ def published_file(out: Path) -> Iterator[Path]:
 
     When it does not, finished blocks are left for the next run, as by a resumable `published`.
     """
-    work = working(out)
+    work, place = working(out), Path(os.path.abspath(out))
     _check_work(work)
     with _alone(work):
-        try:
-            yield work
-            os.replace(work / ARTEFACT, out)
-        except BaseException:
-            (work / ARTEFACT).unlink(missing_ok=True)
-            if not _finished(work):
-                _clear(work)
-            raise
-        _clear(work)
+        _recover(work, place)
+        _remove(work / ARTEFACT)
+        yield from _publishing(work, place, resumable=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name at the end, and is gone when something fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _replacing(out: Path, work: Path, overwrite: bool, resumable: bool) -> Iterator[Path]:
-    place, artefact, replaced = Path(os.path.abspath(out)), work / ARTEFACT, work / REPLACED
-    shutil.rmtree(artefact, ignore_errors=True)
-    artefact.mkdir()
+    place = Path(os.path.abspath(out))
+    _remove(work / ARTEFACT)
+    (work / ARTEFACT).mkdir()
+
+    def check() -> None:
+        _check_place(out, place)
+        _check_new(out, place, overwrite)
+
+    yield from _publishing(work, place, resumable, check)
+
+
+def _publishing(work: Path, place: Path, resumable: bool, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Yield `work`; then its artefact takes its place. Killed at any moment, `_recover` knows what is to be done."""
+    artefact, blocks, replaced = work / ARTEFACT, work / BLOCKS, work / REPLACED
     try:
         yield work
-        check_free(out, overwrite)
-        if place.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(place, replaced)
+        check()
         try:
+            if blocks.exists():
+                os.replace(blocks, work / DONE)
+            if place.is_dir():
+                _remove(replaced)
+                os.replace(place, replaced)
             os.replace(artefact, place)
         except BaseException:
-            if replaced.exists():
-                os.replace(replaced, place)
+            _recover(work, place)
             raise
     except BaseException:
         if resumable and _finished(work):
-            shutil.rmtree(artefact, ignore_errors=True)
+            _remove(artefact)
         else:
             _clear(work)
         raise
     _clear(work)
 
 
+def _recover(work: Path, place: Path) -> None:
+    """Put right what a run leaves that is killed as its artefact takes its place; the lock is held."""
+    artefact, done, replaced = work / ARTEFACT, work / DONE, work / REPLACED
+    if replaced.exists() and not place.exists():
+        os.replace(replaced, place)
+    if done.exists() and artefact.exists():  # which did not come to its place
+        _remove(work / BLOCKS)
+        os.replace(done, work / BLOCKS)
+    _remove(done)
+    _remove(replaced)
+
+
+def _tidy(work: Path, place: Path) -> None:
+    """Recover what can be; of a run that came to its end nothing is left. Not while another run is at work."""
+    if not work.is_dir():
+        return
+    with suppress(OSError, TpvcError), _alone(work):
+        _recover(work, place)
+        if not _finished(work):
+            _clear(work)
+
+
 def _clear(work: Path) -> None:
-    for part in (ARTEFACT, BLOCKS, REPLACED):
-        shutil.rmtree(work / part, ignore_errors=True)
+    """Remove all but the lock. Blocks are renamed first: some of them without the others could not be gone on with."""
+    _remove(work / ARTEFACT)
+    if (work / BLOCKS).exists():
+        _remove(work / DONE)
+        with suppress(OSError):
+            os.replace(work / BLOCKS, work / DONE)
+    for part in (DONE, BLOCKS, REPLACED):
+        _remove(work / part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -177,7 +241,8 @@ def _alone(work: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                lock.unlink(missing_ok=True)
+                with suppress(OSError):
+                    lock.unlink()
     finally:
         with suppress(OSError):
             work.rmdir()
@@ -196,5 +261,5 @@ def _hold(file: int, lock: Path) -> None:
 
 
 def _finished(work: Path) -> bool:
-    """Is there a finished block, of this or of a phase before, that a later run can start from?"""
-    return any((work / BLOCKS).rglob("block-*.safetensors"))
+    """Is there anything whole, of this or of a phase before, that a later run can start from?"""
+    return any((work / BLOCKS).rglob("*.safetensors"))

@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 
 import tpvc
 from tpvc.compiler import frontends, report
+from tpvc.compiler.adapters.prompt import Prompt
+from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
@@ -29,7 +31,7 @@ from tpvc.compiler.verify import verify
 from tpvc.kernels.targets import parse
 from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
-from tpvc.passes.checks import check_grid
+from tpvc.passes.checks import check_float, check_grid
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.fold_road import FoldRoad, as_stored
@@ -82,14 +84,109 @@ def quantize(
     for given in (model, dataset, *(roads or {}).values(), *(prompts or {}).values()):
         check_apart(out, given)
     check_free(out, overwrite)
+    progress("load", 0, 1, str(model))
+    job = prepare(
+        model,
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
+        activations=activations,
+        method=method,
+        recipe=recipe,
+        steps=steps,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        head_bits=head_bits,
+        roads=roads,
+        fold=fold,
+        prompts=prompts,
+    )
+    source, program, grid, chosen, seqlen = job.source, job.program, job.grid, job.recipe, job.seqlen
+    tokenizer = frontends.tokenizer(program)
+    progress("load", 1, 1, "")
+
+    calibration = None
+    if method == "flexround":
+        calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
+    options = {
+        "bits": bits,
+        "group": grid.group,
+        "symmetric": symmetric,
+        "method": method,
+        "head_bits": head_bits,
+        "scale_dtype": str(scale_dtype(source)).removeprefix("torch."),
+    }
+    if activations:
+        options |= {"activations": activations}
+    if job.roads:
+        options |= {"roads": {a.name: a.origin["sha256"] for a in job.roads}, "fold": fold}
+    if job.prompts:
+        options |= {"prompts": {p.name: p.origin["sha256"] for p in job.prompts}}
+    if method == "flexround":
+        options |= {"recipe": recipe, **asdict(chosen), "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
+        options |= {"seed": seed, "device": device}
+
+    with published(out, overwrite, resumable=True) as work:
+        store = BlockStore.open(work / BLOCKS, _fingerprint(program, options, calibration), replace=overwrite)
+        if store.finished(0) is None:
+            _check_finite(program, progress)
+        passes = _passes(grid, options, chosen, calibration, store, progress)
+        rounded = program
+        for rounding in passes:
+            rounded = verify(rounding(rounded), after=type(rounding).__name__)
+        rounded = as_stored(rounded, source)
+        manifest, timings = _manifest(source, rounded, store, options, calibration, [*job.adapting, *passes])
+        progress("write", 0, 1, str(out))
+        huggingface.emit(rounded, work / ARTEFACT, tokenizer, manifest)
+        manifest = json.loads((work / ARTEFACT / MANIFEST).read_text(encoding="utf-8"))
+        report.write(work / ARTEFACT / "report.html", manifest, timings)
+        progress("write", 1, 1, str(out))
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a run of `quantize` is to do, checked; no weight was read for it.
+
+    source          the model
+    program         the same with what is deployed beside its weights: `source` under the passes `adapting`
+    roads, prompts  what those passes brought
+    """
+
+    source: Program
+    program: Program
+    adapting: tuple[Adapting, ...]
+    roads: tuple[Road, ...]
+    prompts: tuple[Prompt, ...]
+    grid: Grid
+    recipe: Recipe
+    seqlen: int
+
+
+def prepare(
+    model: str | Path,
+    *,
+    bits: int = 4,
+    group: int | None = None,
+    symmetric: bool = False,
+    activations: str | None = None,
+    method: str = "flexround",
+    recipe: str = "default",
+    steps: int | None = None,
+    nsamples: int = 128,
+    seqlen: int | None = None,
+    head_bits: int = 8,
+    roads: Mapping[str, str | Path] | None = None,
+    fold: bool = False,
+    prompts: Mapping[str, str | Path] | None = None,
+) -> Job:
+    """Options of `quantize` and what they mean for `model`. TpvcError for what it would refuse before it starts."""
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
     if activations is not None:
         check_kind(activations, bits)
     if fold and len(roads or {}) != 1:
         raise TpvcError(f"folding takes exactly one adapter, found {len(roads or {})}; name one, or do not fold")
-    progress("load", 0, 1, str(model))
     source = program = frontends.load(model)
-    tokenizer = frontends.tokenizer(program)
     if source.adapters or source.prompts:
         names = ", ".join(a.name for a in (*source.adapters, *source.prompts))
         raise TpvcError(f"{model} carries adapters ({names}); quantise its base, and name them with --road or --prompt")
@@ -104,49 +201,13 @@ def quantize(
     if group is None:  # what W8A8 means elsewhere: sums of integers to the end, scaled once
         group = -1 if bits == 8 and activations else default_group(program)
     grid = Grid(bits, group, symmetric)
-    check_grid(grid, program, tuple(n for n in program.nodes if n.block is not None))
-    progress("load", 1, 1, "")
-
+    nodes = tuple(n for n in program.nodes if n.block is not None)
+    check_grid(grid, program, nodes)
+    check_float(program, nodes)
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
-    calibration = None
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
     _check_windows(program, method, nsamples, seqlen)
-    if method == "flexround":
-        calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
-    options = {
-        "bits": bits,
-        "group": grid.group,
-        "symmetric": symmetric,
-        "method": method,
-        "head_bits": head_bits,
-        "scale_dtype": str(scale_dtype(source)).removeprefix("torch."),
-    }
-    if activations:
-        options |= {"activations": activations}
-    if adapters:
-        options |= {"roads": {a.name: a.origin["sha256"] for a in adapters}, "fold": fold}
-    if tasks:
-        options |= {"prompts": {p.name: p.origin["sha256"] for p in tasks}}
-    if method == "flexround":
-        options |= {"recipe": recipe, **asdict(chosen), "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
-        options |= {"seed": seed, "device": device}
-
-    with published(out, overwrite, resumable=True) as work:
-        store = BlockStore.open(work / BLOCKS, _fingerprint(program, options, calibration), replace=overwrite)
-        if store.finished(0) is None:
-            _check_finite(program, progress)
-        passes = _passes(grid, options, chosen, calibration, store, progress)
-        rounded = program
-        for rounding in passes:
-            rounded = verify(rounding(rounded), after=type(rounding).__name__)
-        rounded = as_stored(rounded, source)
-        manifest, timings = _manifest(source, rounded, store, options, calibration, [*adapting, *passes])
-        progress("write", 0, 1, str(out))
-        huggingface.emit(rounded, work / ARTEFACT, tokenizer, manifest)
-        manifest = json.loads((work / ARTEFACT / MANIFEST).read_text(encoding="utf-8"))
-        report.write(work / ARTEFACT / "report.html", manifest, timings)
-        progress("write", 1, 1, str(out))
-    return out
+    return Job(source, program, tuple(adapting), adapters, tasks, grid, chosen, seqlen)
 
 
 CHECKPOINTS = ("vllm", "gptq", "gptq_v2", "awq")
@@ -222,17 +283,21 @@ def export(
         manifest["folded"] = {"form": form, **next(p.record for p in carried if p.name == task)}
     if (made := frontends.manifest(program)) is not None:
         manifest["source"]["manifest"] = {key: value for key, value in made.items() if key != "blocks"}
-    with published(out, overwrite) as work:
+    with published(out, overwrite, resumable=to == "triton") as work:
         folder = work / ARTEFACT
         if to in CHECKPOINTS:
             huggingface.emit(program, folder, tokenizer, manifest, runtime=to)
         elif to == "triton":
             from tpvc.compiler.backends import triton
+            from tpvc.kernels import aot
 
             check_order(program, "a Triton package")
             dtype = torch.bfloat16 if scale_dtype(program) == torch.bfloat16 else torch.float16
             kept = None if cache is None else torch.int8
-            triton.emit(program, folder, tokenizer, parse(targets), dtype, kept, progress=progress)
+            brought = {"adapters": manifest["adapters"], "prompts": manifest["prompts"]}
+            identity = {**run_identity(program), **aot.identity(), **brought, "to": to, "targets": targets}
+            store = BlockStore.open(work / BLOCKS, {**identity, "cache": cache}, replace=overwrite)
+            triton.emit(program, folder, tokenizer, parse(targets), dtype, kept, store=store, progress=progress)
             manifest["options"] |= {"targets": targets, "cache": cache}
             _write_manifest(folder, manifest, "torch", "triton")
         else:
@@ -241,6 +306,7 @@ def export(
             onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
             manifest["options"] |= {"portable": portable, "accuracy_level": accuracy_level}
             _write_manifest(folder, manifest, "onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
+        program.source.check_unchanged()
         check_written(folder, program, progress)
     progress("export", 1, 1, str(out))
     return out

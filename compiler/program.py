@@ -147,7 +147,21 @@ class Source:
     @cached_property
     def files(self) -> dict[str, str]:
         """{file name relative to `directory`: sha256} of every weight file. The first call reads them whole."""
+        _ = self._stamps
         return {path.relative_to(self.directory).as_posix(): sha256(path) for path in self.weights}
+
+    @cached_property
+    def _stamps(self) -> dict[Path, tuple[int, int]]:
+        return {path: _stamp(path) for path in self.weights}
+
+    def check_unchanged(self) -> None:
+        """TpvcError where a weight file is another one by now than `files` tells of. One that is gone is passed over:
+        whoever wants to read it will find out."""
+        for path, stamp in self._stamps.items():
+            if path.exists() and _stamp(path) != stamp:
+                raise TpvcError(
+                    f"{path} was changed while it was read; run the command again when the model is at rest"
+                )
 
     @property
     def gguf(self) -> Path | None:
@@ -261,6 +275,11 @@ def bank_params(program: Program) -> frozenset[str]:
     """Names of the parameters that adapters and prompts brought, which no checkpoint holds."""
     brought = ("rotate", "virtual_tokens", "attention")
     return frozenset(p for n in program.nodes if n.op in brought for p in n.params.values())
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def sha256(path: Path) -> str:

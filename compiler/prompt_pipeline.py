@@ -19,7 +19,7 @@ from tpvc.compiler.adapters.prompt_recipe import Part, Recipe
 from tpvc.compiler.adapters.search_scale import search
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json
-from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published
+from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published, replacing
 from tpvc.compiler.pipeline import versions
 from tpvc.compiler.program import Program, prompt_ids, sha256
 from tpvc.compiler.progress import Progress, silent
@@ -154,7 +154,8 @@ def similarity_page(found: Mapping[str, Any], path: Path) -> None:
         ("Flattened", "Cosine of all numbers, token by token.", found["flattened"]),
     )
     pictures = [(title, told, charts.heat(found["names"], matrix), matrix) for title, told, matrix in kinds]
-    render(path, "report_similarity.html", {"manifest": found, "pictures": pictures})
+    with replacing(path) as partial:
+        render(partial, "report_similarity.html", {"manifest": found, "pictures": pictures})
 
 
 def check_page(path: Path, overwrite: bool) -> None:
@@ -242,7 +243,7 @@ def _examples(program: Program, tokenizer: Any, part: Part, room: int) -> list[E
                 "labels": dict() | None as labels,
                 "max_length": int(longest),
             }
-        }:
+        } if all(isinstance(v, str) for v in (*(columns or {}).values(), *(labels or {}).values())):
             length = longest
             words = {"template": template, "columns": columns, "labels": labels}
     return encoded(program, tokenizer, part.data, min(length, room), **words)

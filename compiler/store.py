@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 
 from tpvc.compiler.compressed_tensors_format import Form, from_tensors, to_tensors
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.output import replacing
 from tpvc.compiler.program import Grid, Lazy, QTensor
 
 _FORM = Form()
@@ -52,16 +52,16 @@ class BlockStore:
                 there = ", ".join(f"{k} is {_short(found.get(k))}, not {_short(wanted.get(k))}" for k in differing)
                 raise TpvcError(f"'{directory}' holds another unfinished run ({there}); repeat that or add --overwrite")
         else:
-            for old in directory.glob("*.safetensors"):
-                old.unlink()
+            cls(directory).clear()
             with _replacing(path) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return cls(directory)
 
     def clear(self) -> None:
-        """Forget the run: it cannot be gone on with."""
-        for old in (*self.directory.glob("*.safetensors"), self.directory / "fingerprint.json"):
-            old.unlink(missing_ok=True)
+        """Forget the run: it cannot be gone on with. First what it was, so that nobody goes on with half of it."""
+        with _explained(self.directory):
+            for old in (self.directory / "fingerprint.json", *self.directory.glob("*.safetensors")):
+                old.unlink(missing_ok=True)
 
     def finished(self, block: int) -> tuple[dict[str, Lazy], dict] | None:
         """(parameters, record) of a finished block, or None. A damaged file counts as not finished."""
@@ -150,13 +150,8 @@ def _digest(header: dict[str, str], tensors: Iterator[torch.Tensor]) -> str:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name at the end, and is gone when something fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _explained(path):
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _explained(path), replacing(path) as temporary:
+        yield temporary
 
 
 @contextmanager

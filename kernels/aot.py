@@ -8,21 +8,26 @@ keeps the best (`rank`)."""
 
 from __future__ import annotations
 
+import base64
+import errno
+import hashlib
 import inspect
 import json
 import os
 import pickle
 import queue
 import re
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -31,6 +36,9 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
 from tpvc.kernels.launch import Launch, body
 from tpvc.kernels.targets import PTX, Target
+
+if TYPE_CHECKING:
+    from tpvc.compiler.store import BlockStore
 
 POINTERS = {
     torch.float16: "*fp16",
@@ -200,16 +208,18 @@ def build(
     keep: int = 4,
     progress: Progress | None = None,
     workers: int | None = None,
+    store: BlockStore | None = None,
 ) -> Built:
     """Compile all candidates for all targets, and keep for each target the best `keep` of each key: an operation and a
     bucket of its sizes. A candidate of several launches is kept or rejected as a whole. With any CUDA target comes PTX,
-    for which a key may be left without any; TpvcError where a key is for a target that was asked for."""
+    for which a key may be left without any; TpvcError where a key is for a target that was asked for. What `store`
+    holds is not compiled again."""
     asked = tuple(dict.fromkeys(targets))
     every = asked + ((PTX,) if any(t.backend == "cuda" for t in asked) else ())
     ways = {name: _ways(group) for name, group in candidates.items()}
     variants = distinct([v for group in ways.values() for way in group for v in way])
     jobs = [(v, t) for t in every for v in variants]
-    results = {(v.key(), t): r for (v, t), r in zip(jobs, compile_all(jobs, progress, workers), strict=True)}
+    results = {(v.key(), t): r for (v, t), r in zip(jobs, compile_all(jobs, progress, workers, store), strict=True)}
     reasons = {at: r if isinstance(r, str) else gate(r, at[1]) for at, r in results.items()}
     places: dict[tuple[str, Target], dict[str, list[int]]] = {}
     for target in every:
@@ -310,12 +320,16 @@ def compile_variant(variant: Variant, target: Target) -> Binary:
 
 
 def compile_all(
-    jobs: Sequence[tuple[Variant, Target]], progress: Progress | None = None, workers: int | None = None
+    jobs: Sequence[tuple[Variant, Target]],
+    progress: Progress | None = None,
+    workers: int | None = None,
+    store: BlockStore | None = None,
 ) -> list[Binary | str]:
-    """The binary of each job, or why it could not be made, in their order."""
+    """The binary of each job, or why it could not be made, in their order. What is made goes to `store` one by one."""
     say = progress or silent
-    workers = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
-    results: list[Binary | str] = [""] * len(jobs)
+    results: list[Binary | str | None] = [_found(store, i, job) for i, job in enumerate(jobs)]
+    left = [i for i, result in enumerate(results) if result is None]
+    workers = max(1, min(workers or os.cpu_count() or 1, len(left)))
     with tempfile.TemporaryDirectory(prefix="tpvc-kernels-") as folder:
         free: queue.SimpleQueue[_Compiler] = queue.SimpleQueue()
         compilers = [_Compiler(Path(folder), number) for number in range(workers)]
@@ -329,13 +343,15 @@ def compile_all(
             finally:
                 free.put(compiler)
 
-        say("compile kernels", 0, len(jobs), "")
+        say("compile kernels", len(jobs) - len(left), len(jobs), "")
         with ThreadPoolExecutor(workers) as pool:
             try:
-                waiting = {pool.submit(work, job): i for i, job in enumerate(jobs)}
-                for done, future in enumerate(as_completed(waiting), 1):
+                waiting = {pool.submit(work, jobs[i]): i for i in left}
+                for done, future in enumerate(as_completed(waiting), len(jobs) - len(left) + 1):
                     at = waiting[future]
                     results[at] = future.result()
+                    if store is not None:
+                        store.save(at, {}, _record(jobs[at], results[at]), None)
                     say("compile kernels", done, len(jobs), f"{jobs[at][0].kernel} for {jobs[at][1].name}")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -344,6 +360,38 @@ def compile_all(
                 for compiler in compilers:
                     compiler.stop()
     return results
+
+
+def identity() -> dict[str, Any]:
+    """What a build that goes on must share with the one that was killed, beside its jobs."""
+    sources = sorted(file for folder in tpvc.kernels.__path__ for file in Path(folder).glob("*.py"))
+    return {
+        "kernels": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest(),
+        "tools": {key: value for key, value in os.environ.items() if TOOLS.fullmatch(key)},
+        "triton": metadata.version("triton"),
+    }
+
+
+def _record(job: tuple[Variant, Target], result: Binary | str) -> dict[str, Any]:
+    """What a store keeps of a job."""
+    told = {"job": [job[0].key(), job[1].name]}
+    if isinstance(result, str):
+        return {**told, "reason": result}
+    fields = {key: value for key, value in vars(result).items() if key not in ("variant", "target")}
+    own = {"code": base64.b64encode(result.code).decode(), "resources": asdict(result.resources)}
+    return {**told, "binary": fields | own}
+
+
+def _found(store: BlockStore | None, number: int, job: tuple[Variant, Target]) -> Binary | str | None:
+    """What a store has of a job, or None."""
+    found = None if store is None else store.finished(number)
+    if found is None or found[1]["job"] != [job[0].key(), job[1].name]:
+        return None
+    if "reason" in found[1]:
+        return found[1]["reason"]
+    fields = found[1]["binary"]
+    own = {"code": base64.b64decode(fields["code"]), "resources": Resources(**fields["resources"])}
+    return Binary(*job, **{**fields, **own, "scratch": tuple(fields["scratch"])})
 
 
 FOREIGN = ("TRITON_", "MLIR_", "LLVM_", "AMDGCN_", "NVPTX_", "PTXAS_", "DISABLE_PTXAS", "USE_IR_LOC")
@@ -375,10 +423,20 @@ class _Compiler:
             if self.process is None:
                 self._start()
             self._send(job)
-            return pickle.load(self.process.stdout)
+            answer = pickle.load(self.process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self.stop()
+            if code in (-signal.SIGKILL, -signal.SIGTERM):  # which no kernel does: another run would have it compiled
+                raise TpvcError(
+                    f"a compiler of kernels was killed (signal {-code}), perhaps for want of memory; free some and run"
+                    " the same command again"
+                ) from None
             return f"the compiler ended ({code}): {_last_line(self.log.read_text(errors='replace'))}"
+        if isinstance(answer, OSError):  # of the machine, and of no kernel
+            if answer.errno == errno.ENOSPC:
+                raise answer
+            raise TpvcError(f"a compiler of kernels could not work ({answer}); run the same command again")
+        return answer
 
     def _start(self) -> None:
         with self.log.open("wb") as log:
@@ -419,7 +477,9 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            answer: Binary | str = _compile(variant, target)
+            answer: Binary | str | OSError = _compile(variant, target)
+        except OSError as error:
+            answer = OSError(error.errno, str(error.strerror), error.filename)
         except Exception as error:  # of any kind: a kernel may be wrong in every way
             answer = f"{type(error).__name__}: {_last_line(str(error))}"
         pickle.dump(answer, answers)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tpvc.compiler import json_text
 from tpvc.compiler.errors import TpvcError
 from tpvc.kernels.aot import Kept
 from tpvc.kernels.targets import named, usable
@@ -116,7 +118,8 @@ def _entry(one: Kept) -> dict[str, Any]:
 def read(folder: Path) -> Package:
     """The package in `folder`, every file of it checked."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        _check_regular(folder / MANIFEST)
+        found = json_text.parse((folder / MANIFEST).read_text(encoding="utf-8"))
         version, entries = found["format"], found["binaries"]
     except FileNotFoundError:
         raise TpvcError(f"'{folder}' has no {MANIFEST}; expected the kernels folder of a package") from None
@@ -129,7 +132,7 @@ def read(folder: Path) -> Package:
         )
     try:
         package = Package(folder, tuple(_read_entry(e) for e in entries))
-    except (KeyError, TypeError, ValueError, TpvcError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, TpvcError) as error:
         raise TpvcError(f"'{folder / MANIFEST}' has an entry that is not whole ({error}); build it again") from error
     for entry in package.entries:
         _checked(folder, entry)
@@ -161,18 +164,25 @@ def _read_entry(found: dict[str, Any]) -> Entry:
     )
 
 
+def _check_regular(path: Path) -> int:
+    """The size of a file. OSError for what is none, as a device, which has no end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no regular file")
+    return found.st_size
+
+
 def _checked(folder: Path, entry: Entry) -> bytes:
     path = folder / entry.file
     try:
-        code = path.read_bytes()
-    except OSError as error:
+        size = _check_regular(path)
+        code = path.read_bytes() if size == entry.size else b""
+    except (OSError, ValueError) as error:  # a name that no file can have
         raise TpvcError(
-            f"'{path}' cannot be read ({error.strerror or error}); copy or build the package again"
+            f"'{path}' cannot be read ({getattr(error, 'strerror', None) or error}); copy or build the package again"
         ) from error
     if len(code) != entry.size:
-        raise TpvcError(
-            f"'{path}' has {len(code)} bytes and {entry.size} were written; copy or build the package again"
-        )
+        raise TpvcError(f"'{path}' has {size} bytes and {entry.size} were written; copy or build the package again")
     if hashlib.sha256(code).hexdigest() != entry.sha256:
         raise TpvcError(f"'{path}' was changed after it was written; copy or build the package again")
     return code

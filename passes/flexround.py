@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.freed import give_back
 from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import quick_matmul
@@ -139,6 +140,7 @@ class FlexRound:
             exact = rounded = embedded(program, behind_prompts(self.windows, program), ids)
         for index in range(finished, program.blocks):
             self.progress("FlexRound", index, program.blocks, f"block {index}")
+            give_back()
             began = time.perf_counter()
             fit = self._fit(program, index, exact, rounded, ids)
             exact, rounded = fit.exact, fit.rounded
@@ -170,7 +172,9 @@ class FlexRound:
             "nearest": {n: on_grid(w, nearest[n], grid, dtype) for n, w in weights.items()},
             "searched": {n: on_grid(w, start[n], grid, dtype) for n, w in weights.items()},
         }
-        curve = self._learn(block, factors, rounded, target, ids, index)
+        give_back()
+        curve = self.learn(block, factors, rounded, target, ids, index)
+        give_back()
         candidates["learned"] = {n: f.frozen(grid, dtype) for n, f in factors.items()}
 
         judged = slice(self._training(len(rounded)), None) if self._held(len(rounded)) else slice(0, AT_ONCE)
@@ -201,7 +205,7 @@ class FlexRound:
         return windows - self._held(windows)
 
     @torch.enable_grad()
-    def _learn(
+    def learn(
         self, block: Block, factors: dict[str, Factors], rounded: Tensor, target: Tensor, ids: Tensor, index: int
     ) -> list:
         """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square."""
@@ -237,8 +241,9 @@ class FlexRound:
 
 def _check_finite(program: Program, index: int, target: Tensor, ids: Tensor) -> None:
     """Refuse float outputs [n, L, D] of a block that are not finite, and say under which adapters."""
-    spoiled = ids[~target.flatten(1).isfinite().all(1)].unique().tolist()
-    if spoiled:
+    whole = target.flatten(1).isfinite().all(1)
+    if not whole.all():
+        spoiled = ids[~whole].unique().tolist()
         owners = ", ".join(program.adapters[i].name if i >= 0 else "the base" for i in spoiled)
         raise TpvcError(
             f"block {index} yields numbers that are not finite with {owners}; use intact weights and adapters"

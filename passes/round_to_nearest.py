@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpvc.compiler.freed import give_back
 from tpvc.compiler.program import Grid, Node, Program, QTensor, linears, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
@@ -50,6 +51,7 @@ class RoundToNearest:
         check_float(program, every)
         for done, (index, nodes) in enumerate(parts):
             self.progress("round to nearest", done, len(parts), "")
+            give_back()
             finished = self.store.finished(index)
             if finished is None:
                 rounded = {}

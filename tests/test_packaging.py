@@ -57,6 +57,13 @@ def test_wheel_holds_every_file_of_the_packages(wheel):
                 assert f"{package.replace('.', '/')}/{file.name}" in inside
 
 
+def test_wheel_holds_the_task_files(wheel):
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tpvc/compiler/harness/tasks/")}
+    assert (
+        {Path(name).name for name in inside} == {f.name for f in (ROOT / "compiler/harness/tasks").iterdir()} != set()
+    )
+
+
 def test_wheel_imports_without_the_tree(wheel, tmp_path):
     """Every module of the unpacked wheel is found there, not in the checkout."""
     zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -183,7 +183,7 @@ def base_print(program: Program) -> str | None:
             pass
         case _:
             files = program.source.files
-    return hashlib.sha256("\n".join(sorted(files.values())).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(map(str, files.values()))).encode()).hexdigest()
 
 
 def _float_files(made: Mapping[str, Any]) -> dict[str, str] | None:

@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from tpvc.compiler.adapters.combine_prompts import METHODS
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.errors import TpvcError, short
 
 SEARCH = "search"
 TOP = ("merge_method", "prompts", "base_prompt", "parameters", "model")
 PROMPT = ("prompt", "name", "parameters", "data")
+LONGEST, LONGEST_PATH, LONGEST_NAME = 1 << 20, 1024, 255
+"""Characters of a recipe; bytes of a path in it, and of a file's name."""
+DAMAGE = (RecursionError, ValueError, AttributeError, LookupError, TypeError, ArithmeticError)
+"""What the reader of YAML raises, beside its own errors, for numbers, dates and texts that are none."""
 LARGEST = 3e38
 """About the end of float32."""
 
@@ -87,10 +91,14 @@ def read(path: str | Path) -> Recipe:
 
     path = Path(path)
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _loader())
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise TpvcError(f"{path} is longer than a recipe; expected at most {LONGEST} characters")
+        found = yaml.load(text, _loader())
     except (OSError, UnicodeDecodeError) as error:
         raise TpvcError(f"{path} cannot be read ({_reason(error)}); expected a recipe, a YAML file in UTF-8") from error
-    except (yaml.YAMLError, RecursionError, ValueError, AttributeError) as error:
+    except (yaml.YAMLError, *DAMAGE) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}," if mark else f"{path}"
         raise TpvcError(f"{where} is not plain YAML ({_reason(error)}); expected a recipe") from error
@@ -111,10 +119,17 @@ def read(path: str | Path) -> Recipe:
 
 
 def _loader() -> type:
-    """YAML's safe loader, which refuses a key that stands twice in a mapping: by itself it keeps the last."""
+    """YAML's safe loader, which refuses a key that stands twice in a mapping: by itself it keeps the last. Anchors, of
+    which a few lines make billions of values, are refused too."""
     import yaml
 
     class Once(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, f"found the alias '*{self.peek_event().anchor}'", mark)
+            return super().compose_node(parent, index)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             names = [key.value for key, _ in node.value]
             for number, (key, _) in enumerate(node.value):
@@ -145,35 +160,38 @@ def _part(entry: Any, path: Path, number: int) -> Part:
 def _mapping(value: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
     """A YAML mapping with no other keys than the known ones."""
     if not isinstance(value, dict):
-        raise TpvcError(f"{where} holds {value!r:.40}; expected a mapping with {', '.join(known)}")
+        raise TpvcError(f"{where} holds {short(value)}; expected a mapping with {', '.join(known)}")
     for key in value:
         if key not in known:
-            raise TpvcError(f"{where} says '{key}', which is not known; expected {', '.join(known)}")
+            raise TpvcError(f"{where} says '{key!s:.60}', which is not known; expected {', '.join(known)}")
     return value
 
 
 def _text(found: Mapping[str, Any], key: str, where: str) -> str | None:
     value = found.get(key)
     if key in found and not (isinstance(value, str) and value and value.isprintable()):
-        raise TpvcError(f"{where} has {key} = {value!r:.40}; expected text")
+        raise TpvcError(f"{where} has {key} = {short(value)}; expected text")
     return value
 
 
 def _number(value: Any, key: str, where: str, wanted: str = "a number") -> float:
     """A finite float; YAML reads 1e-3 as text, which needs its dot: 1.0e-3."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
-        raise TpvcError(f"{where} has {key} = {value!r:.40}; expected {wanted}, such as 0.5")
+        raise TpvcError(f"{where} has {key} = {short(value)}; expected {wanted}, such as 0.5")
     return float(value)
 
 
 def _whole(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise TpvcError(f"{where} has seed = {value!r:.40}; expected a whole number from 0 to 2147483647")
+        raise TpvcError(f"{where} has seed = {short(value)}; expected a whole number from 0 to 2147483647")
     return value
 
 
 def _beside(path: Path, given: str | None) -> Path | None:
     """`given` as seen from the recipe's folder."""
+    given_bytes = b"" if given is None else os.fsencode(given)
+    if len(given_bytes) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in given_bytes.split(b"/")):
+        raise TpvcError(f"{path} names '{given:.40}...', which is longer than a file's name may be; check it")
     return None if given is None else path.parent / os.path.expanduser(given)
 
 

@@ -1,12 +1,16 @@
 """The command line: `tpvc`, one file a command. Every command is a thin skin over a Python function of the same shape.
 
 Results go to standard output, everything else (progress, remarks, errors) to standard error. Bad input ends with one
-sentence and exit code 2, Ctrl-C with 130. Nothing heavy is imported before a command runs, so that --help is quick.
+sentence and exit code 2, Ctrl-C with 130, SIGTERM with 143. Nothing heavy is imported before a command runs, so that
+--help is quick.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import re
+import signal
 import sys
 from typing import Any
 
@@ -22,16 +26,21 @@ from tpvc.compiler.cli import (
     finetune,
     importance,
     inspect,
+    plan,
     prompt,
     quantize,
     road,
     run,
     verify,
 )
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.errors import TpvcError, printable
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 BAD_INPUT = 2
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the same is to be done as when Ctrl-C is pressed."""
 
 
 class Tpvc(console.Ordered):
@@ -45,7 +54,8 @@ class Tpvc(console.Ordered):
         except click.Abort as abort:
             if isinstance(abort.__cause__, EOFError):
                 raise abort.__cause__ from None
-            _fail(str(abort) or "interrupted", INTERRUPTED)
+            code = TERMINATED if isinstance(abort.__cause__, Terminated) else INTERRUPTED
+            _fail(str(abort) or "interrupted", code)
         except click.exceptions.NoArgsIsHelpError as error:
             _fail(error.format_message(), BAD_INPUT, prefix="")
         except click.UsageError as error:
@@ -63,7 +73,7 @@ class Tpvc(console.Ordered):
 
 
 def _fail(sentence: str, code: int, prefix: str = "tpvc: ") -> None:
-    click.echo(prefix + sentence, err=True)
+    click.echo(printable(prefix + sentence), err=True)
     sys.exit(code)
 
 
@@ -73,15 +83,22 @@ def _about_the_machine(error: Exception) -> str | None:
     Libraries wrap the system's error in their own (safetensors: "I/O error: No space left on device (os error 28)").
     """
     number = getattr(error, "errno", None)
+    if number is None and (wrapped := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(wrapped[1])
+    name = getattr(error, "filename", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        where = getattr(error, "filename", None)
-        return f"the disk is full{f' ({where})' if where else ''}; free some space and run the same command again"
+        return f"the disk is full{f' ({name})' if name else ''}; free some space and run the same command again"
     if number == errno.ENAMETOOLONG:
         return f"'{error.filename!s:.40}...' is longer than a file's name may be; check what was typed"
     if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home"):  # pathlib, of ~someone
         return "a path begins with ~ and a name, and there is no such user; write the directory out"
-    if isinstance(error, PermissionError) or number == errno.EROFS:
-        return f"{error.filename or 'a file'} may not be opened: {error.strerror}; choose a path that is yours"
+    if isinstance(error, PermissionError) or number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{name or 'a file'} may not be opened: {os.strerror(number)}; choose a path that is yours"
+    if number in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN):
+        where = name or "a file"
+        return (
+            f"{where} cannot be read or written: {os.strerror(number)}; see to the disk and run the same command again"
+        )
     return None
 
 
@@ -106,10 +123,16 @@ def cli() -> None:
     """Quantise a language model with FlexRound and compile it to the hardware it will run on."""
 
 
-for module in (demo, quantize, export, road, prompt, importance, finetune, run, eval, bench, verify, inspect):
+for module in (demo, plan, quantize, export, road, prompt, importance, finetune, run, eval, bench, verify, inspect):
     cli.add_command(module.command)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
+    raise Terminated
 
 
 def main() -> None:
     """Entry point of the `tpvc` script."""
+    signal.signal(signal.SIGTERM, _terminate)
     cli(prog_name="tpvc")

@@ -100,7 +100,7 @@ class Bars:
         if (last and stage in self.ended) or (not last and now - self.spoken.get(stage, -self.EVERY) < self.EVERY):
             return
         self.spoken[stage] = now
-        passed = now - start
+        passed = max(0.0, now - start)  # no clock is trusted to go on only forwards
         if last:
             self.ended.add(stage)
             tail = f"done in {units.seconds(passed)}"

@@ -8,7 +8,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import named_directories
+from tpvc.compiler.cli.options import export_options, named_directories
 
 
 @click.command(
@@ -39,7 +39,8 @@ keys and values in the graph: it costs no prefill, and callers feed text alone.
 \b
 A triton package holds the steps, one packed copy of the weights, and machine code for the named
 GPUs, compiled here without any; what runs it needs neither Triton nor a compiler. Without a GPU
-`tpvc run` computes its kernels' references.
+`tpvc run` computes its kernels' references. An export that was interrupted goes on after its last
+finished kernel when the same command is given again.
 
 \b
 A vllm folder holds the same integers as the artefact, with asymmetric zero points packed and a
@@ -60,36 +61,13 @@ under its name; `tpvc verify ARTEFACT OUT` compares hashes and logits too.
     help="The runtime's format.",
 )
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--portable", is_flag=True, help="Add portable/: standard ONNX operators only, for other runtimes.")
-@click.option(
-    "--accuracy-level", type=click.Choice(["0", "4"]), default="4", show_default=True, help="Of MatMulNBits; see below."
-)
 @click.option(
     "--road", "road", multiple=True, metavar="NAME=DIR", help="A RoAd adapter to carry along; may be repeated."
 )
 @click.option(
     "--prompt", "prompt", multiple=True, metavar="NAME=DIR", help="A soft prompt to carry along; may be repeated."
 )
-@click.option(
-    "--task", metavar="NAME", help="Fold this one of the soft prompts into the graph: callers feed text alone."
-)
-@click.option(
-    "--form",
-    type=click.Choice(["kv", "prefix"]),
-    default="kv",
-    show_default=True,
-    help="Of a folded prompt: its keys and values, or the prompt itself (portable graph only).",
-)
-@click.option(
-    "--target",
-    "targets",
-    metavar="GPUS",
-    default="",
-    help="Of a triton package: the GPUs to compile for, as in cuda:80,cuda:90,hip:gfx942.",
-)
-@click.option(
-    "--cache", type=click.Choice(["int8"]), help="Of a triton package: keys and values in 8 bits.  [default: 16 bits]"
-)
+@export_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(
@@ -113,24 +91,28 @@ def command(
     """
     from tpvc.compiler.pipeline import export
 
-    with console.Bars() as bars:
-        _, took = console.measured(
-            lambda: export(
-                artefact,
-                out,
-                to=to,
-                portable=portable,
-                accuracy_level=int(accuracy_level),
-                roads=named_directories("--road", road),
-                prompts=named_directories("--prompt", prompt),
-                task=task,
-                form=form,
-                targets=targets,
-                cache=cache,
-                overwrite=overwrite,
-                progress=bars,
+    try:
+        with console.Bars() as bars:
+            _, took = console.measured(
+                lambda: export(
+                    artefact,
+                    out,
+                    to=to,
+                    portable=portable,
+                    accuracy_level=int(accuracy_level),
+                    roads=named_directories("--road", road),
+                    prompts=named_directories("--prompt", prompt),
+                    task=task,
+                    form=form,
+                    targets=targets,
+                    cache=cache,
+                    overwrite=overwrite,
+                    progress=bars,
+                )
             )
-        )
+    except KeyboardInterrupt as interrupt:
+        then = "the same command goes on after the last finished kernel" if to == "triton" else "nothing was written"
+        raise click.Abort(f"interrupted; {then}") from interrupt
     files = {f.relative_to(out).as_posix(): f.stat().st_size for f in sorted(out.rglob("*")) if f.is_file()}
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "files": files})

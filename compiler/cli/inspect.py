@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.text import Text
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.errors import TpvcError, printable
 from tpvc.compiler.output import ADAPTERS
 
 
@@ -38,9 +39,13 @@ def command(target: str, everything: bool, as_json: bool) -> None:
     if as_json:
         return console.print_json(facts)
     show = console.out().print
+
+    def plain(text: str) -> None:
+        show(printable(text), markup=False)
+
     show(f"[bold]{target}[/]: {facts['kind']}")
     for name, value in facts["facts"].items():
-        show(f"  {name:<20} {value}", markup=False)
+        plain(f"  {name:<20} {value}")
     for title in ("grids", "operators", "adapters", "prompts", "matmulnbits", "files"):
         if facts.get(title):
             show(_counts(title, facts[title]))
@@ -51,7 +56,7 @@ def command(target: str, everything: bool, as_json: bool) -> None:
         show(made)
     if facts.get("provenance"):
         show("\n[bold]provenance[/]")
-        _provenance(show, facts["provenance"])
+        _provenance(plain, facts["provenance"])
 
 
 def program_facts(target: str) -> dict[str, Any]:
@@ -108,10 +113,13 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
     import onnx
 
     from tpvc.compiler.chat import carried_prompts, genai_facts
+    from tpvc.compiler.frontends.weights import is_file
 
     config = genai_facts(folder)
     path = folder / config["decoder"]["filename"]
     try:
+        if not is_file(path):
+            raise OSError("it is no regular file")
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own error types
         raise TpvcError(f"{path}: not a readable ONNX file: {str(error).strip() or type(error).__name__}") from error
@@ -121,7 +129,8 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
             values = {a.name: a.i for a in node.attribute}
             zeros = "zero points" if len(node.input) > 3 and node.input[3] else "no zero points"
             level = values.get("accuracy_level", 0)
-            layouts[f"{values.get('bits', 4)} bits, block {values['block_size']}, {zeros}, accuracy level {level}"] += 1
+            sizes = f"{values.get('bits', 4)} bits, block {values.get('block_size')}"
+            layouts[f"{sizes}, {zeros}, accuracy level {level}"] += 1
     decoder = config["decoder"]
     return {
         "kind": "a folder for ONNX Runtime GenAI",
@@ -156,21 +165,28 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _counts(title: str, values: dict[str, Any]) -> Any:
     made = console.table(f"\n{title}", "", "")
     for name, value in values.items():
-        made.add_row(str(name), str(value))
+        made.add_row(*(Text(printable(str(part))) for part in (name, value)))
     made.show_header = False
     return made
 
 
 def _provenance(show: Any, manifest: dict[str, Any]) -> None:
     """What was made from what: an export, then the artefact that it was made from."""
-    source = manifest.get("source", {})
-    show(f"  made by tpvc {manifest.get('tpvc')} from {source.get('name')}", markup=False)
-    if manifest.get("passes"):
-        names = [f"{p['name']} ({p['grid']})" if "grid" in p else p["name"] for p in manifest["passes"]]
-        show(f"  passes: {', '.join(names)}", markup=False)
-    show(f"  options: {', '.join(f'{k}={v}' for k, v in manifest.get('options', {}).items())}", markup=False)
-    for name, value in (manifest.get("calibration") or {}).items():
+    source = _mapping(manifest.get("source"))
+    show(f"  made by tpvc {manifest.get('tpvc')} from {source.get('name')}")
+    passes = manifest.get("passes")
+    if isinstance(passes, list) and passes:
+        told = [_mapping(p) for p in passes]
+        names = [f"{p.get('name')} ({p['grid']})" if "grid" in p else str(p.get("name")) for p in told]
+        show(f"  passes: {', '.join(names)}")
+    show(f"  options: {', '.join(f'{k}={v}' for k, v in _mapping(manifest.get('options')).items())}")
+    for name, value in _mapping(manifest.get("calibration")).items():
         if isinstance(value, str | int | float):
-            show(f"  calibration {name}: {value}", markup=False)
-    if source.get("manifest"):
-        _provenance(show, source["manifest"])
+            show(f"  calibration {name}: {value}")
+    if made := _mapping(source.get("manifest")):
+        _provenance(show, made)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A part of a manifest, which anybody may have edited: an object, or nothing."""
+    return value if isinstance(value, dict) else {}

@@ -98,7 +98,13 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--rank", type=click.IntRange(1), help="Of lora; alpha is twice that.  [default: 8]"),
             click.option("--nsamples", type=int, default=512, show_default=True, help="Windows of general text."),
-            click.option("--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of one."),
+            click.option(
+                "--max-length",
+                type=click.IntRange(2),
+                default=256,
+                show_default=True,
+                help="Tokens of one, and of an example at most.",
+            ),
             click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True),
             click.option(
                 "--micro-batch", type=click.IntRange(1), default=4, show_default=True, help="How many of them at once."
@@ -111,6 +117,139 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
             click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0."),
             click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `quantize` and `plan` share: the grid, the text, how rounding is learned, and under what."""
+    for option in reversed(
+        (
+            click.option(
+                "--scheme",
+                metavar="W4A16",
+                help="Bits and zero points by name, as compressed-tensors has them: W4A16 is --bits 4 --sym, "
+                "W4A16_ASYM is --bits 4 --asym; W2 to W8; W8A8 and W4A8 add --activations int8, W4AFP8 fp8.",
+            ),
+            click.option("--bits", type=int, help="Bits a weight, 2 to 8.  [default: 4]"),
+            click.option(
+                "--group-size",
+                type=int,
+                help="Input columns that share a scale; -1: one scale per output channel; 0: one per tensor.  "
+                "[default: the largest of 128, 64 and 32 that divides every weight; -1 with 8 bits and rounded "
+                "activations]",
+            ),
+            click.option(
+                "--sym/--asym",
+                "symmetric",
+                default=None,
+                help="Without or with zero points.  [default: asym, or what --scheme says]",
+            ),
+            click.option(
+                "--activations",
+                type=click.Choice(["int8", "fp8"]),
+                help="Round what the linears of the blocks read too, per token while the model runs; fp8 goes with at "
+                "most 4 bits a weight.  [default: they stay in float]",
+            ),
+            click.option(
+                "--method",
+                type=click.Choice(["flexround", "rtn"]),
+                default="flexround",
+                show_default=True,
+                help="Learned rounding, or round-to-nearest (needs no text, takes seconds).",
+            ),
+            click.option(
+                "--recipe",
+                type=click.Choice(["fast", "default", "best", "paper"]),
+                default="default",
+                show_default=True,
+                help="How long FlexRound learns, in optimiser steps a block: fast 60, default 200, best 1000, paper "
+                "5000 (with the publication's other settings too).",
+            ),
+            click.option(
+                "--dataset",
+                default="builtin",
+                show_default=True,
+                help="Calibration text: builtin, self (written by the model), a text, jsonl, csv or parquet file, or "
+                "a name.",
+            ),
+            click.option("--nsamples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text."),
+            click.option(
+                "--seqlen", type=click.IntRange(2), help="Tokens a window.  [default: 256, or the model's context]"
+            ),
+            click.option(
+                "--head-bits",
+                type=click.Choice(["8", "16"]),
+                default="8",
+                show_default=True,
+                help="Bits of the output head and of an embedding tied to it; 16 leaves them in float.",
+            ),
+            click.option(
+                "--road",
+                "road",
+                multiple=True,
+                metavar="NAME=DIR",
+                help="A RoAd adapter (PEFT's format) to be deployed; may be repeated. Rounding is learned under all "
+                "of them.",
+            ),
+            click.option("--fold", is_flag=True, help="Fold the one adapter into the weights before rounding."),
+            click.option(
+                "--prompt",
+                "prompt",
+                multiple=True,
+                metavar="NAME=DIR",
+                help="A soft prompt (PEFT's format) to be deployed, NAME its task; may be repeated. Calibration text "
+                "follows them.",
+            ),
+            click.option("--iters", type=click.IntRange(1), help="Steps a block, instead of the recipe's."),
+            click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
+            click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `export` and `plan` share."""
+    for option in reversed(
+        (
+            click.option(
+                "--portable", is_flag=True, help="Add portable/: standard ONNX operators only, for other runtimes."
+            ),
+            click.option(
+                "--accuracy-level",
+                type=click.Choice(["0", "4"]),
+                default="4",
+                show_default=True,
+                help="Of MatMulNBits; see below.",
+            ),
+            click.option(
+                "--task",
+                metavar="NAME",
+                help="Fold this one of the soft prompts into the graph: callers feed text alone.",
+            ),
+            click.option(
+                "--form",
+                type=click.Choice(["kv", "prefix"]),
+                default="kv",
+                show_default=True,
+                help="Of a folded prompt: its keys and values, or the prompt itself (portable graph only).",
+            ),
+            click.option(
+                "--target",
+                "targets",
+                metavar="GPUS",
+                default="",
+                help="Of a triton package: the GPUs to compile for, as in cuda:80,cuda:90,hip:gfx942.",
+            ),
+            click.option(
+                "--cache",
+                type=click.Choice(["int8"]),
+                help="Of a triton package: keys and values in 8 bits.  [default: 16 bits]",
+            ),
         )
     ):
         command = option(command)

@@ -10,6 +10,7 @@ import click
 from tpvc.compiler.cli import console
 from tpvc.compiler.cli.options import check_text
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.output import replacing
 
 
 @click.command(
@@ -49,4 +50,5 @@ def command(
         request = prompt_embeds(model, task, prompt, max_tokens=max_new_tokens, served=served)
     if out is None:
         return click.echo(json.dumps(request))
-    out.write_text(json.dumps(request) + "\n", encoding="utf-8")
+    with replacing(out) as partial:
+        partial.write_text(json.dumps(request) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import check_device, named_directories
+from tpvc.compiler.cli.options import check_device, named_directories, quantize_options
 from tpvc.compiler.errors import TpvcError
 
 SCHEME = re.compile(r"W(\d+)A(16|8|FP8)(_ASYM)?", re.IGNORECASE)
@@ -83,79 +83,7 @@ A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
 )
 @click.argument("model")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option(
-    "--scheme",
-    metavar="W4A16",
-    help="Bits and zero points by name, as compressed-tensors has them: W4A16 is --bits 4 --sym, W4A16_ASYM is "
-    "--bits 4 --asym; W2 to W8; W8A8 and W4A8 add --activations int8, W4AFP8 fp8.",
-)
-@click.option("--bits", type=int, help="Bits a weight, 2 to 8.  [default: 4]")
-@click.option(
-    "--group-size",
-    type=int,
-    help="Input columns that share a scale; -1: one scale per output channel; 0: one per tensor.  "
-    "[default: the largest of 128, 64 and 32 that divides every weight; -1 with 8 bits and rounded activations]",
-)
-@click.option(
-    "--sym/--asym",
-    "symmetric",
-    default=None,
-    help="Without or with zero points.  [default: asym, or what --scheme says]",
-)
-@click.option(
-    "--activations",
-    type=click.Choice(["int8", "fp8"]),
-    help="Round what the linears of the blocks read too, per token while the model runs; fp8 goes with at most 4 bits "
-    "a weight.  [default: they stay in float]",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["flexround", "rtn"]),
-    default="flexround",
-    show_default=True,
-    help="Learned rounding, or round-to-nearest (needs no text, takes seconds).",
-)
-@click.option(
-    "--recipe",
-    type=click.Choice(["fast", "default", "best", "paper"]),
-    default="default",
-    show_default=True,
-    help="How long FlexRound learns, in optimiser steps a block: fast 60, default 200, best 1000, paper 5000 (with "
-    "the publication's other settings too).",
-)
-@click.option(
-    "--dataset",
-    default="builtin",
-    show_default=True,
-    help="Calibration text: builtin, self (written by the model), a text, jsonl, csv or parquet file, or a name.",
-)
-@click.option("--nsamples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text.")
-@click.option("--seqlen", type=click.IntRange(2), help="Tokens a window.  [default: 256, or the model's context]")
-@click.option(
-    "--head-bits",
-    type=click.Choice(["8", "16"]),
-    default="8",
-    show_default=True,
-    help="Bits of the output head and of an embedding tied to it; 16 leaves them in float.",
-)
-@click.option(
-    "--road",
-    "road",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="A RoAd adapter (PEFT's format) to be deployed; may be repeated. Rounding is learned under all of them.",
-)
-@click.option("--fold", is_flag=True, help="Fold the one adapter into the weights before rounding.")
-@click.option(
-    "--prompt",
-    "prompt",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="A soft prompt (PEFT's format) to be deployed, NAME its task; may be repeated. Calibration text follows them.",
-)
-@click.option("--iters", type=click.IntRange(1), help="Steps a block, instead of the recipe's.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
+@quantize_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(

@@ -47,7 +47,7 @@ def load(model: str | Path, *, integers: bool = False) -> Program:
 
 def tokenizer(program: Program) -> Any:
     """The transformers tokenizer of `program.source`, read from its files (never from a hub)."""
-    from transformers import AutoTokenizer
+    from tpvc.compiler.frontends.tokenizer_files import opened
 
     if program.source is None:
         raise TpvcError("this program has no source directory to take a tokenizer from; load it from a checkpoint")
@@ -56,13 +56,7 @@ def tokenizer(program: Program) -> Any:
         from tpvc.compiler.frontends import gguf
 
         return gguf.tokenizer(program.source.gguf)
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TpvcError(
-            f"{directory} has no usable tokenizer ({reason}); expected tokenizer.json beside the weights"
-        ) from error
+    return opened(directory)
 
 
 def manifest(program: Program) -> dict[str, Any] | None:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tpvc.compiler.errors import short
 from tpvc.compiler.frontends.packed_weights import Packing, Rule, check, packed
+from tpvc.compiler.frontends.patterns import compiled
 
 METHODS = ("auto-round", "intel/auto-round")
 FORMATS = {
@@ -33,8 +35,8 @@ def packing(given: Mapping[str, Any]) -> Packing:
     """TpvcError for what is not read exactly; TypeError or re.error for nonsense."""
     form = given.get("packing_format") or "auto_round:auto_gptq"
     layout = FORMATS.get(form) or FORMATS.get(":".join(str(form).split(":")[:2]))
-    check(layout is not None, f"has AutoRound's packing_format {form!r}")
-    check(given.get("data_type", "int").startswith("int"), f"has weights of type {given.get('data_type')!r}")
+    check(layout is not None, f"has AutoRound's packing_format {short(form)}")
+    check(given.get("data_type", "int").startswith("int"), f"has weights of type {short(given.get('data_type'))}")
     check((given.get("act_bits") or FLOAT_BITS) >= FLOAT_BITS, f"rounds activations to {given.get('act_bits')} bits")
     check(not given.get("rotation_config"), "rotates what linears read (rotation_config)")
     rules = []
@@ -42,5 +44,6 @@ def packing(given: Mapping[str, Any]) -> Packing:
         keep = (changed.get("bits") or 0) >= FLOAT_BITS
         rules.append((name, None if keep else dict(changed)))
     exact = [Rule(re.compile(re.escape(name) + "$"), changed) for name, changed in rules]
-    partly = [Rule(re.compile(f".*(?:{name})"), changed) for name, changed in rules if changed is None or changed]
+    loose = [(f".*(?:{name})", changed) for name, changed in rules if changed is None or changed]
+    partly = [Rule(test, changed) for test, (_, changed) in zip(compiled(p for p, _ in loose), loose, strict=True)]
     return Packing(packed(layout, given), (*exact, *partly))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.errors import TpvcError, short
 from tpvc.compiler.program import Facts
 
 Config = Mapping[str, Any]
@@ -48,17 +48,23 @@ NEUTRAL = {
 """Fields that no supported family has; another value than this one (or nothing) means a different model."""
 
 
+LARGEST, DEEPEST, WIDEST, LONGEST = 2**31 - 1, 1024, 1 << 16, 1 << 24
+"""No number of a model is larger, no model has more layers, no head more features, no context more tokens: what is
+reckoned from a config, before there is any tensor to hold it against, stays small."""
+
+
 def _whose(config: Config) -> str:
     return f"the config of this '{config.get('model_type')}' model"
 
 
-def need(config: Config, name: str, kind: type | tuple[type, ...] = int) -> Any:
-    """The value of a field that has no safe default: a positive number, whole unless `kind` says otherwise."""
+def need(config: Config, name: str, kind: type | tuple[type, ...] = int, most: int = LARGEST) -> Any:
+    """The value of a field that has no safe default: a positive number of at most `most`, whole unless `kind` says
+    otherwise."""
     value = config.get(name)
     if value is None:
         raise TpvcError(f"{_whose(config)} lacks the field '{name}'; add it to config.json")
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise TpvcError(f"{_whose(config)} has {name} = {value!r}; expected a positive number")
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
+        raise TpvcError(f"{_whose(config)} has {name} = {short(value)}; expected a positive number of at most {most}")
     return value
 
 
@@ -76,9 +82,9 @@ def cap(config: Config, name: str, default: float) -> float | None:
     """A positive soft cap, or None where it is null."""
     value = optional(config, name, default)
     if value is not None and (
-        not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf")
+        not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST
     ):
-        raise TpvcError(f"{_whose(config)} has {name} = {value!r}; expected a positive number or null")
+        raise TpvcError(f"{_whose(config)} has {name} = {short(value)}; expected a positive number or null")
     return value
 
 
@@ -87,7 +93,7 @@ def flag(config: Config, name: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise TpvcError(f"{_whose(config)} has {name} = {value!r}; expected true or false")
+        raise TpvcError(f"{_whose(config)} has {name} = {short(value)}; expected true or false")
     return value
 
 
@@ -95,8 +101,8 @@ def number(config: Config, name: str, default: float) -> float:
     value = config.get(name)
     if value is None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise TpvcError(f"{_whose(config)} has {name} = {value!r}; expected a number, zero or more")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+        raise TpvcError(f"{_whose(config)} has {name} = {short(value)}; expected a number, zero or more")
     return float(value)
 
 
@@ -106,8 +112,8 @@ def refuse(config: Config, **neutral: Any) -> None:
         value = config.get(name)
         if value is not None and value != harmless and value not in ([], {}):
             raise TpvcError(
-                f"{_whose(config)} sets {name} = {value!r}, which changes what the model computes and is not supported"
-                f" (supported: {harmless!r} or absent)"
+                f"{_whose(config)} sets {name} = {short(value)}, which changes what the model computes and is not"
+                f" supported (supported: {harmless!r} or absent)"
             )
 
 
@@ -117,15 +123,15 @@ def activation(config: Config, field: str, default: str | None = None) -> str:
     if name is None:
         raise TpvcError(f"{_whose(config)} lacks the field '{field}'; add it to config.json")
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise TpvcError(f"{_whose(config)} sets {field} = {name!r}; known activations: {', '.join(ACTIVATIONS)}")
+        raise TpvcError(f"{_whose(config)} sets {field} = {short(name)}; known activations: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def window(config: Config, field: str = "sliding_window", default: int | None = None) -> int | None:
     """A sliding window in tokens (the token itself included), or None for full attention."""
     value = optional(config, field, default)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise TpvcError(f"{_whose(config)} has {field} = {value!r}; expected a positive number of tokens or null")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST):
+        raise TpvcError(f"{_whose(config)} has {field} = {short(value)}; expected a positive number of tokens or null")
     return value
 
 
@@ -133,10 +139,12 @@ def layer_windows(config: Config, layers: int, window: int | None, default: list
     """The window of every layer, from `layer_types` ("full_attention" or "sliding_attention") or from `default`."""
     kinds = config.get("layer_types") or default
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise TpvcError(f"{_whose(config)} has layer_types = {kinds!r}; expected a list of {layers}, one a layer")
+        raise TpvcError(f"{_whose(config)} has layer_types = {short(kinds)}; expected a list of {layers}, one a layer")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            raise TpvcError(f"{_whose(config)} has a layer of type {kind!r}; known: full_attention, sliding_attention")
+            raise TpvcError(
+                f"{_whose(config)} has a layer of type {short(kind)}; known: full_attention, sliding_attention"
+            )
         if kind == "sliding_attention" and window is None:
             raise TpvcError(f"{_whose(config)} has sliding_attention layers but no sliding_window in use; set one")
     return [window if kind == "sliding_attention" else None for kind in kinds]
@@ -146,8 +154,8 @@ def token_ids(config: Config, name: str) -> tuple[int, ...]:
     """A token id or a list of them, as a tuple; empty when absent. Negative ids mean none."""
     value = config.get(name)
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise TpvcError(f"the config has {name} = {value!r}; expected a token id or a list of them")
+    if any(not isinstance(i, int) or isinstance(i, bool) or i > LARGEST for i in ids):
+        raise TpvcError(f"the config has {name} = {short(value)}; expected a token id or a list of them")
     return tuple(i for i in ids if i >= 0)
 
 
@@ -167,6 +175,8 @@ def facts(
         if width % count:
             raise TpvcError(f"{_whose(config)} has {width} features for {count} heads; expected a multiple")
         head_dim = width // count
+    if head_dim > WIDEST:
+        raise TpvcError(f"{_whose(config)} has heads of {head_dim} features; expected at most {WIDEST}")
     kv_heads = count if kv_heads is None else kv_heads
     if count % kv_heads:
         raise TpvcError(f"{_whose(config)} has {count} heads for {kv_heads} key/value heads; expected a multiple")
@@ -174,11 +184,11 @@ def facts(
         family=config["model_type"],
         vocab_size=need(config, "vocab_size"),
         hidden_size=width,
-        layers=need(config, layers),
+        layers=need(config, layers, most=DEEPEST),
         heads=count,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        context_length=need(config, context),
+        context_length=need(config, context, most=LONGEST),
         bos=next(iter(token_ids(config, "bos_token_id")), None),
         eos=token_ids(config, "eos_token_id"),
         pad=next(iter(token_ids(config, "pad_token_id")), None),

@@ -20,6 +20,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import gguf_integers
 from tpvc.compiler.frontends.architecture import Architecture, architecture
 from tpvc.compiler.frontends.gguf_config import config as config_of
+from tpvc.compiler.frontends.tokenizer_files import is_damage
 from tpvc.compiler.program import Lazy, Program, QTensor, Source, linears
 
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -52,6 +53,12 @@ RENAMED = {
 DAMAGE = (ValueError, TypeError, KeyError, IndexError, ArithmeticError)
 """What nonsense in the metadata raises (a number where text should be, text that is not UTF-8)."""
 
+AT_ONCE = 1 << 20
+"""Numbers dequantised at a time: the package takes several times the memory of its result."""
+
+MOST, MOST_NAMES = 1 << 22, 1 << 17
+"""Texts in an array (a vocabulary has a tenth), and keys or tensors of a file: each takes kilobytes when it is read."""
+
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -64,6 +71,31 @@ class Reader(gguf.GGUFReader):
         if type(self.data) is np.memmap:
             self.data = self.data.view(np.ndarray)  # the same map; slices of a memmap subclass are slow and large
         return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        """Numbers of an array as one part, and not each as one of its own, which takes a hundred times their bytes."""
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            inner = gguf.GGUFValueType(kind[0])
+            if number := self.gguf_scalar_to_np.get(inner):
+                values = self._get(orig_offs + 12, number, count[0])
+                size = 12 + values.nbytes
+                return size, [kind, count, values], [2], [gguf.GGUFValueType.ARRAY, inner][: 1 + bool(count[0])]
+            if count[0] > MOST:
+                raise ValueError(f"an array has {count[0]} texts, at most {MOST} are read")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _build_fields(self, offs, count):
+        return super()._build_fields(offs, _few(count, "keys"))
+
+    def _build_tensor_info(self, offs, count):
+        return super()._build_tensor_info(offs, _few(count, "tensors"))
+
+
+def _few(count: int, what: str) -> int:
+    if count > MOST_NAMES:
+        raise ValueError(f"it states {count} {what}, at most {MOST_NAMES} are read")
+    return count
 
 
 def load(path: Path, name: str, integers: bool = False) -> Program:
@@ -166,8 +198,8 @@ def _check_types(tensors: list) -> None:
             ) from None
 
 
-def _values(tensor: gguf.ReaderTensor) -> np.ndarray:
-    return gguf.dequantize(tensor.data, tensor.tensor_type)
+def _values(tensor: gguf.ReaderTensor, rows: slice = slice(None)) -> np.ndarray:
+    return gguf.dequantize(tensor.data[rows], tensor.tensor_type)
 
 
 def _integers(tensors: dict[str, gguf.ReaderTensor], arch: Architecture, config: dict[str, Any]) -> dict[str, Lazy]:
@@ -208,8 +240,13 @@ def _reading(path: Path, tensor: gguf.ReaderTensor, config: dict[str, Any]) -> C
     plus_one = config["model_type"] == "gemma2" and tensor.name.split(".")[-2].endswith("norm")
 
     def read() -> torch.Tensor:
-        weight = torch.from_numpy(np.array(_values(tensor), dtype=np.float32, order="C"))
-        if not torch.isfinite(weight).all():
+        values = np.empty(tuple(reversed(tensor.shape.tolist())), np.float32)
+        step = max(1, AT_ONCE * len(values) // max(values.size, 1))
+        for start in range(0, len(values), step):
+            values[start : start + step] = _values(tensor, slice(start, start + step))
+        weight = torch.from_numpy(values)
+        low, high = (float(v) for v in weight.aminmax())
+        if not (low > float("-inf") and high < float("inf")):
             raise TpvcError(
                 f"{path.name}: the tensor '{tensor.name}' holds NaN or infinite values; the file is damaged"
             )
@@ -255,8 +292,11 @@ def tokenizer(path: Path):
     from transformers import AutoTokenizer
 
     try:
-        made = AutoTokenizer.from_pretrained(path.absolute().parent, gguf_file=path.name)
-    except Exception as error:  # whatever transformers meets in a damaged vocabulary
+        where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+        made = AutoTokenizer.from_pretrained(path.absolute().parent, **where)
+    except BaseException as error:  # whatever transformers, and what it is built on, meets in a damaged vocabulary
+        if not is_damage(error):
+            raise
         raise TpvcError(f"transformers cannot build the tokenizer of {path.name}: {error}") from error
     if metadata[MODEL] == "gpt2" and split in DIGITS_APART:
         splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in (r"\p{N}", GPT2_SPLIT)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from tpvc.compiler.errors import short
 from tpvc.compiler.frontends.packed_weights import Packing, Rule, check, packed
+from tpvc.compiler.frontends.patterns import compiled
 from tpvc.compiler.gptq_format import VERSIONS
 
 SKIPPED, CHANGED = "-:", "+:"
@@ -19,10 +20,9 @@ def packing(given: Mapping[str, Any]) -> Packing:
     layout = given.get("checkpoint_format") or given.get("format") or "gptq"
     if given.get("is_marlin_format"):
         layout = "marlin"
-    check(layout in VERSIONS, f"has the checkpoint_format {layout!r}")
-    check(given.get("pack_dtype") in (None, "int32"), f"packs into {given.get('pack_dtype')!r}")
-    rules = []
-    for key, changed in (given.get("dynamic") or {}).items():
-        test = re.compile(key.removeprefix(SKIPPED).removeprefix(CHANGED))
-        rules.append(Rule(test, None if key.startswith(SKIPPED) else dict(changed)))
-    return Packing(packed(layout, given), tuple(rules))
+    check(layout in VERSIONS, f"has the checkpoint_format {short(layout)}")
+    check(given.get("pack_dtype") in (None, "int32"), f"packs into {short(given.get('pack_dtype'))}")
+    said = given.get("dynamic") or {}
+    tests = compiled(key.removeprefix(SKIPPED).removeprefix(CHANGED) for key in said)
+    changes = [None if key.startswith(SKIPPED) else dict(changed) for key, changed in said.items()]
+    return Packing(packed(layout, given), tuple(map(Rule, tests, changes)))

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpvc.compiler.compressed_tensors_format import ACTIVATIONS, EVERY_TOKEN, METHODS, from_tensors
-from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends import autoround, awq, gptq
+from tpvc.compiler.errors import TpvcError, short
+from tpvc.compiler.frontends import autoround, awq, gptq, patterns
 from tpvc.compiler.frontends.fields import Config
 from tpvc.compiler.frontends.packed_weights import Packing
 from tpvc.compiler.frontends.weights import FLOATS, Stored
@@ -101,15 +101,15 @@ def _quantization(given: Mapping[str, Any]) -> Quantization | Packing:
         return PACKINGS[method](given)
     if method not in METHODS:
         raise TpvcError(
-            f"the checkpoint is quantised with quant_method = {method!r}; supported: '{METHODS[0]}' with the formats"
-            f" {', '.join(FORMATS)}, and {', '.join(PACKINGS)}, so start from the float checkpoint"
+            f"the checkpoint is quantised with quant_method = {short(method)}; supported: '{METHODS[0]}' with the"
+            f" formats {', '.join(FORMATS)}, and {', '.join(PACKINGS)}, so start from the float checkpoint"
         )
     _check(given.get("kv_cache_scheme") is None, "quantises the key/value cache")
     _check(not (given.get("transform_config") or {}).get("config_groups"), "has a transform_config")
     sparsity = (given.get("sparsity_config") or {}).get("format", "dense")
     _check(sparsity == "dense", f"has sparse weights ({sparsity})")
     status = given.get("quantization_status", "compressed")
-    _check(status == "compressed", f"has quantization_status {status!r}")
+    _check(status == "compressed", f"has quantization_status {short(status)}")
     groups = []
     for name, group in (given.get("config_groups") or {}).items():
         _check(not group.get("output_activations"), "quantises what linears yield")
@@ -117,16 +117,16 @@ def _quantization(given: Mapping[str, Any]) -> Quantization | Packing:
         rows = _activations(name, group.get("input_activations"))
         groups.append((_targets(group.get("targets")), replace(scheme, activations=rows)))
     _check(bool(groups), "has no config_groups")
-    return Quantization(tuple(groups), _targets(given.get("ignore")))
+    found = Quantization(tuple(groups), _targets(given.get("ignore")))
+    every = [t for targets, _ in groups for t in targets] + list(found.ignore)
+    patterns.compiled(t[3:] for t in every if t.startswith("re:"))
+    return found
 
 
 def _targets(given: Any) -> tuple[str, ...]:
-    """Names, classes and regular expressions; TypeError or re.error for anything else."""
+    """Names, classes and regular expressions; TypeError for anything else."""
     if not isinstance(given or [], list) or not all(isinstance(t, str) for t in given or ()):
-        raise TypeError(f"{given!r} is not a list of names")
-    for target in given or ():
-        if target.startswith("re:"):
-            re.compile(target[3:])
+        raise TypeError(f"{short(given)} is not a list of names")
     return tuple(given or ())
 
 
@@ -140,19 +140,19 @@ def _check(fact: bool, text: str) -> None:
 
 def _scheme(name: str, form: Any, weights: Mapping[str, Any]) -> Scheme:
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-    _check(form in FORMATS, f"has the format {form!r} in {name}")
-    _check(weights.get("type", "int") == "int", f"has weights of type {weights.get('type')!r} in {name}")
-    _check(isinstance(bits, int) and 2 <= bits <= 8, f"has {bits!r}-bit weights in {name}")
+    _check(form in FORMATS, f"has the format {short(form)} in {name}")
+    _check(weights.get("type", "int") == "int", f"has weights of type {short(weights.get('type'))} in {name}")
+    _check(isinstance(bits, int) and 2 <= bits <= 8, f"has {short(bits)}-bit weights in {name}")
     _check(not weights.get("dynamic"), f"quantises weights when the model runs in {name}")
     _check(weights.get("actorder") in (None, "weight", "static", False), f"reorders columns (actorder) in {name}")
     if strategy is None:
         strategy = "tensor" if size is None else "group" if size > 0 else "channel"
-    _check(strategy in ("tensor", "channel", "group", "block"), f"has the strategy {strategy!r} in {name}")
+    _check(strategy in ("tensor", "channel", "group", "block"), f"has the strategy {short(strategy)} in {name}")
     if strategy == "block":
         rows, size = weights.get("block_structure") or (None, None)
-        _check(rows == 1, f"has blocks of {rows!r} rows in {name}")
+        _check(rows == 1, f"has blocks of {short(rows)} rows in {name}")
     if strategy in ("group", "block"):
-        _check(isinstance(size, int) and size > 0, f"has groups of {size!r} columns in {name}")
+        _check(isinstance(size, int) and size > 0, f"has groups of {short(size)} columns in {name}")
     return Scheme(form, bits, bool(weights.get("symmetric", True)), strategy, size)
 
 

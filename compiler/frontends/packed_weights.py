@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tpvc.compiler import awq_format, gptq_format
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.errors import TpvcError, short
 from tpvc.compiler.frontends.weights import FLOATS, Stored
 from tpvc.compiler.program import Grid, Lazy, QTensor
 
@@ -74,8 +74,8 @@ def packed(layout: str, said: Mapping[str, Any], common: Packed | None = None) -
         bits, group = common.bits if bits is None else bits, common.group if group is None else group
         symmetric = common.symmetric if symmetric is None else symmetric
     widths = (awq_format.BITS,) if layout == "awq" else gptq_format.BITS
-    check(bits in widths and isinstance(bits, int), f"has {bits!r}-bit weights in the layout '{layout}'")
-    check(isinstance(group, int) and (group == -1 or group > 0), f"has groups of {group!r} columns")
+    check(bits in widths and isinstance(bits, int), f"has {short(bits)}-bit weights in the layout '{layout}'")
+    check(isinstance(group, int) and (group == -1 or group > 0), f"has groups of {short(group)} columns")
     return Packed(layout, bits, group, True if symmetric is None else bool(symmetric))
 
 

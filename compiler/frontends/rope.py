@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.errors import TpvcError, short
 from tpvc.compiler.frontends.fields import Config, need
+
+LARGEST = 1e15
+"""Of a theta or a factor: far beyond all there are, and its powers are finite."""
 
 KNOWN = {
     "default": set(),
@@ -50,9 +53,9 @@ def attributes(
     """{"inv_freq": float32-exact tuple [rotary_dim / 2], "magnitude": float, only where it is not 1}."""
     settings = parameters(config, theta_field, partial_field, default_partial)
     kind = settings["rope_type"]
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise TpvcError(
-            f"the config of this '{config.get('model_type')}' model asks for rope type {kind!r}, which is not"
+            f"the config of this '{config.get('model_type')}' model asks for rope type {short(kind)}, which is not"
             f" supported; supported: {', '.join(known)}"
         )
     extra = set(settings) - KNOWN[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -67,7 +70,12 @@ def attributes(
         raise TpvcError(f"{rotary} of the {head_dim} features of a head would be rotated; expected 1 to {head_dim}")
     exponent = torch.arange(0, rotary, 2, dtype=torch.float32) / rotary
     plain = 1.0 / (_number(settings, "rope_theta") ** exponent)
-    inv_freq, magnitude = SCALINGS[kind](plain, rotary, settings, config)
+    try:
+        inv_freq, magnitude = SCALINGS[kind](plain, rotary, settings, config)
+    except (ArithmeticError, ValueError):
+        magnitude = math.nan
+    if not (math.isfinite(magnitude) and inv_freq.isfinite().all()):
+        raise TpvcError(f"rope type {kind!r} makes frequencies of {short(settings)} that are not finite; check them")
     values: dict[str, Any] = {"inv_freq": tuple(inv_freq.tolist())}
     return values if magnitude == 1.0 else values | {"magnitude": magnitude}
 
@@ -79,7 +87,7 @@ def parameters(config: Config, theta_field: str, partial_field: str, default_par
         raise TpvcError("the config holds a rope_scaling and different rope_parameters; expected one of the two")
     given = new or old or {}
     if not isinstance(given, Mapping):
-        raise TpvcError(f"rope_parameters is {given!r}; expected a dict with rope_type and rope_theta")
+        raise TpvcError(f"rope_parameters is {short(given)}; expected a dict with rope_type and rope_theta")
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         raise TpvcError(f"rope_parameters differ by layer type ({', '.join(nested)}), which is not supported")
@@ -96,9 +104,10 @@ def parameters(config: Config, theta_field: str, partial_field: str, default_par
 
 def _number(settings: Mapping[str, Any], name: str) -> float:
     value = settings.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
         raise TpvcError(
-            f"rope type {settings['rope_type']!r} has {name} = {value!r}; expected a positive number in config.json"
+            f"rope type {short(settings['rope_type'])} has {name} = {short(value)}; expected a positive number in"
+            " config.json"
         )
     return value
 

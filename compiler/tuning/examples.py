@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpvc.compiler import json_text
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import encode
 
@@ -152,8 +153,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             where = f"{path}, line {number},"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = json_text.parse(line)
+            except ValueError as error:
                 reason = getattr(error, "msg", None) or str(error).splitlines()[0]
                 raise TpvcError(f"{where} is not JSON ({reason}); expected one record a line") from None
             if not isinstance(record, dict):

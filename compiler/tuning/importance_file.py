@@ -25,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler import json_text
+from tpvc.compiler.errors import TpvcError, short
+from tpvc.compiler.frontends.weights import stored_in
 from tpvc.compiler.tuning.layer_coefficients import coefficients
 from tpvc.compiler.tuning.log_codes import LogCodes, encode
 from tpvc.compiler.tuning.space import Space
@@ -104,7 +106,7 @@ def about(path: Path) -> dict[str, Any] | None:
     """The metadata of an importance file; None for a file that is none."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get("tpvc", "null"))
+            told = json_text.parse((file.metadata() or {}).get("tpvc", "null"))
     except (SafetensorError, OSError, ValueError):
         return None
     return told if isinstance(told, dict) and "version" in told else None
@@ -119,16 +121,40 @@ def read(path: Path) -> Importance:
     if told is None:
         raise TpvcError(f"{path} is not an importance file, or damaged; expected what `tpvc importance` writes")
     if told["version"] != VERSION:
-        raise TpvcError(f"{path} is an importance file of version {told['version']}; expected {VERSION}, make it again")
+        found = short(told["version"])
+        raise TpvcError(f"{path} is an importance file of version {found}; expected {VERSION}, make it again")
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        omega = {n: LogCodes(tensors[f"importance.{n}"], tensors[f"top.{n}"]) for n in told["layers"]}
-        alpha = tensors["layer_coefficient"]
-    except (SafetensorError, OSError, KeyError) as error:
+        tensors = {name: stored.read() for name, stored in stored_in(path).items()}
+        layers, alpha = told["layers"], tensors["layer_coefficient"]
+        _check_told(told, alpha)
+        omega = {n: LogCodes(tensors[f"importance.{n}"], tensors[f"top.{n}"]) for n in layers}
+        _check_codes(omega)
+    except (KeyError, ValueError) as error:
         raise TpvcError(f"{path} is damaged ({error}); make it again with `tpvc importance`") from error
     anchor = {n.removeprefix("anchor."): t for n, t in tensors.items() if n.startswith("anchor.")}
-    return Importance(omega, anchor, told["layers"], alpha, told)
+    return Importance(omega, anchor, layers, alpha, told)
+
+
+SAID = {"method": str, "base": str | None, "train": str, "targets": str | list, "rank": int | None, "layers": dict}
+"""What the metadata says and others rely on -> its type."""
+
+
+def _check_told(told: Mapping[str, Any], alpha: Tensor) -> None:
+    """ValueError or KeyError for metadata that this module did not write."""
+    for key, kind in SAID.items():
+        if not isinstance(told[key], kind) or isinstance(told[key], bool):
+            raise ValueError(f"its metadata has {key} = {short(told[key])}")
+    if alpha.dtype != torch.float32 or alpha.ndim != 1:
+        raise ValueError(f"layer_coefficient is {alpha.dtype} {list(alpha.shape)}")
+    for name, layer in told["layers"].items():
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < len(alpha):
+            raise ValueError(f"'{name:.60}' is in layer {short(layer)} of {len(alpha)}")
+
+
+def _check_codes(omega: Mapping[str, LogCodes]) -> None:
+    for name, coded in omega.items():
+        if coded.codes.dtype != torch.uint8 or coded.top.dtype != torch.float32 or coded.top.ndim:
+            raise ValueError(f"'{name:.60}' is {coded.codes.dtype} and {coded.top.dtype} {list(coded.top.shape)}")
 
 
 def check_base(found: Importance, path: Path, base: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.weights import read_json
+from tpvc.compiler.frontends.weights import is_file, is_inside, read_json
 from tpvc.compiler.output import MANIFEST
 from tpvc.compiler.program import sha256
 
@@ -19,7 +19,9 @@ def check(folder: Path) -> tuple[bool, str]:
     if not isinstance(listed, dict) or not listed:
         return False, f"{MANIFEST} lists no hashes"
     for name, digest in listed.items():
-        if not (folder / name).is_file():
+        if not is_inside(name):
+            raise TpvcError(f"{path} lists '{name:.60}', which is outside of the folder; expected files in it")
+        if not is_file(folder / name):
             raise TpvcError(f"'{folder / name}' is missing, which {MANIFEST} lists; use an intact copy")
         if (found := sha256(folder / name)) != digest:
             raise TpvcError(

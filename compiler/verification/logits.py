@@ -155,7 +155,8 @@ READERS = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq
 
 def _transformers(folder: Path, target: str, program: Program, expected: Expected) -> Said:
     method = (program.source.config.get("quantization_config") or {}).get("quant_method")
-    made_for = read_json(folder / MANIFEST).get("options", {}).get("to") if (folder / MANIFEST).is_file() else None
+    options = read_json(folder / MANIFEST).get("options") if (folder / MANIFEST).is_file() else None
+    made_for = options.get("to") if isinstance(options, dict) else None
     if program.source.gguf is not None:
         return False, "transformers dequantises a GGUF file by itself and was not asked"
     if made_for == "vllm":
@@ -175,7 +176,8 @@ def _asked(folder: Path, target: str, method: str | None, expected: Expected) ->
     dtype = torch.float32 if method in (None, "compressed-tensors") else torch.float16
     transformers.logging.set_verbosity_error()
     try:
-        given = {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True}
+        given = {"dtype": dtype, "attn_implementation": "eager"}
+        given |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):  # bars and remarks of the readers
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **given).eval()
             found = model(expected.ids[None]).logits[0]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends.weights import is_file, is_inside
 from tpvc.compiler.program import Grid, Node, Program, QTensor, grid_of
 from tpvc.compiler.verification.matrices import Found, Value, names
 
@@ -34,7 +35,7 @@ class File:
             return np.asarray(self.arrays[name]())
         except KeyError:
             raise TpvcError(f"'{self.path}' lacks the initializer '{name}'; export the model again") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, ArithmeticError) as error:
             raise TpvcError(f"'{self.path}': '{name}' cannot be read from its data file ({error})") from error
 
 
@@ -65,6 +66,8 @@ def opened(path: Path) -> File:
     import onnx_ir as ir
 
     try:
+        if not is_file(path):
+            raise OSError("it is no regular file")
         graph = ir.load(path).graph
     except Exception as error:  # protobuf's own error types
         raise TpvcError(
@@ -72,10 +75,25 @@ def opened(path: Path) -> File:
         ) from error
     blocks = {}
     for node in (node for node in graph if node.op_type in PACKED):
-        codes = node.inputs[1 if node.op_type == PACKED[0] else 0].name.removesuffix(".rows")
-        blocks[codes] = node.attributes["bits"].value, node.attributes["block_size"].value
-    arrays = {name: value.const_value.numpy for name, value in graph.initializers.items()}
+        try:
+            codes = node.inputs[1 if node.op_type == PACKED[0] else 0].name.removesuffix(".rows")
+            blocks[codes] = node.attributes["bits"].value, node.attributes["block_size"].value
+        except (LookupError, AttributeError) as error:
+            raise TpvcError(f"'{path}' has a {node.op_type} without codes or their bits; export it again") from error
+    arrays = {}
+    for name, value in graph.initializers.items():
+        if value.const_value is None:
+            raise TpvcError(f"'{path}' has the initializer '{name:.60}' without numbers; export the model again")
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_external(path, name, str(value.const_value.location))
+        arrays[name] = value.const_value.numpy
     return File(path, arrays, blocks)
+
+
+def _check_external(path: Path, name: str, location: str) -> None:
+    """Numbers beside the graph lie in a file of its own folder."""
+    if not is_inside(location) or not is_file(path.parent / location):
+        raise TpvcError(f"'{path}' has '{name:.60}' in '{location:.60}'; expected a file beside it, export it again")
 
 
 def _stacks(

@@ -74,6 +74,13 @@ def test_it_runs_without_a_gpu(packaged, ok, refused):
     assert drawn[0]["tokens"] == drawn[1]["tokens"] != drawn[2]["tokens"]
 
 
+def test_its_perplexity_is_the_artefacts(packaged, artefact, ok):
+    """Every op rounds to float16: logits of at most 4 are off by some 11-bit eps of that, losses by twice as much."""
+    options = ("--windows", 2, "--seqlen", 16, "--threads", 1)
+    wanted, found = (ok("eval", target, *options)["perplexity"] for target in (artefact, packaged[0]))
+    assert found == pytest.approx(wanted, rel=4 * 2**-8) and found != wanted
+
+
 def ids_of(folder):
     from transformers import AutoTokenizer
 

@@ -168,3 +168,16 @@ def test_a_file_that_changes_after_reading_is_not_loaded(tmp_path):
     shutil.move(tmp_path / "one" / package.entries[0].file, tmp_path / "gone")
     with pytest.raises(TpvcError, match="cannot be read"):
         package.code(package.entries[0])
+
+
+def test_a_device_is_no_file_of_a_package(tmp_path):
+    """It would be read without end."""
+    write(tmp_path / "kernels", ALL)
+    for name in ("manifest.json", next(p.name for p in (tmp_path / "kernels").iterdir() if p.suffix == ".cubin")):
+        shutil.move(tmp_path / "kernels" / name, tmp_path / name)
+        (tmp_path / "kernels" / name).symlink_to("/dev/zero")
+        with pytest.raises(TpvcError, match="no regular file"):
+            read(tmp_path / "kernels")
+        (tmp_path / "kernels" / name).unlink()
+        shutil.move(tmp_path / name, tmp_path / "kernels" / name)
+    assert read(tmp_path / "kernels").entries

@@ -50,6 +50,8 @@ def emit(
         for prompt in program.prompts:
             about = prompt_files.about(program)
             prompt_files.write(prompt, directory / PROMPTS / prompt.name, about, {"origin": dict(prompt.origin)})
+        if program.source is not None:
+            program.source.check_unchanged()
         size = {**manifest.get("size", {}), "bytes": sum(files.values())}
         hashes = {p.relative_to(directory).as_posix(): sha256(p) for p in sorted(directory.rglob("*")) if p.is_file()}
         _json(directory / "tpvc.json", {**manifest, "size": size, "notes": list(plan.notes), "files": hashes})

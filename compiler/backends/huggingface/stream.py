@@ -71,8 +71,14 @@ def _shards(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     return shards
 
 
-def _write_file(path: Path, pieces: Sequence[Piece]) -> int:
-    """One file. Tensors are laid out by falling width of their dtype, so that each is aligned to it."""
+def file_bytes(pieces: Sequence[Piece], shard_bytes: int = SHARD_BYTES) -> int:
+    """Bytes of all files of tensors that `write` makes of `pieces`; makes none of them."""
+    return sum(len(text) + 8 + end for text, _, end in map(_header, _shards(pieces, shard_bytes)))
+
+
+def _header(pieces: list[Piece]) -> tuple[bytes, dict[str, int], int]:
+    """(header, offsets of the tensors behind it, bytes of them all). Tensors are laid out by falling width of their
+    dtype, so that each is aligned to it."""
     entries = {name: entry for piece in pieces for name, entry in piece.entries.items()}
     header: dict = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
@@ -81,7 +87,11 @@ def _write_file(path: Path, pieces: Sequence[Piece]) -> int:
         end += _bytes(dtype, shape)
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    return text + b" " * (-len(text) % 8), offsets, end
+
+
+def _write_file(path: Path, pieces: list[Piece]) -> int:
+    text, offsets, end = _header(pieces)
     start = 8 + len(text)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from tpvc.compiler.backends.onnx.graph import Graph
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ADAPTERS
 from tpvc.compiler.program import Node, Program, dense
 
@@ -61,4 +62,7 @@ def write_file(path: Path, ids: Sequence[int]) -> None:
     file.set_adapter_version(1)
     file.set_model_version(1)
     file.set_parameters({INPUT: ort.OrtValue.ortvalue_from_numpy(np.array(ids, np.int64))})
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError as error:  # all that it says of a disk that is full or broken
+        raise TpvcError(f"'{path}' cannot be written; see to the disk, then run the command again") from error

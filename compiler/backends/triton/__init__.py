@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from tpvc.compiler.backends.triton.engine import CHUNKS, ROWS
+from tpvc.compiler.backends.triton import sound
+from tpvc.compiler.backends.triton.engine import CHUNKS, ROWS, Engine
 from tpvc.compiler.backends.triton.forward import Choices, Pass, Want, blank, forward, tables
 from tpvc.compiler.backends.triton.model import Model, Task, model_of
-from tpvc.compiler.backends.triton.on_torch import caches_of
+from tpvc.compiler.backends.triton.on_torch import OnTorch, caches_of
 from tpvc.compiler.backends.triton.plan import recorded
 from tpvc.compiler.backends.triton.steps import Step, kinds_of
 from tpvc.compiler.errors import TpvcError
@@ -29,6 +30,7 @@ from tpvc.compiler.frontends.weights import read_json, stored_in
 from tpvc.compiler.output import MANIFEST
 from tpvc.compiler.program import Facts, Program, sha256
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.store import BlockStore
 from tpvc.kernels.attention import Prefix
 from tpvc.kernels.launch import Launch
 from tpvc.kernels.rope_cache import Cache
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from tpvc.compiler.backends.triton.on_gpu import OnGpu
 
 FILE, WEIGHTS, KERNELS, FORMAT = "triton.json", "model.safetensors", "kernels", 2
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError)
+DAMAGE += (StopIteration,)
+"""What nonsense in a package raises, from torch too."""
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int8)}
 
 
@@ -51,11 +56,13 @@ def emit(
     cache: torch.dtype | None = None,
     *,
     capacity: int | None = None,
+    store: BlockStore | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write the package into the empty `directory`. dtype: of activations, float16 or bfloat16; cache: of keys
-    and values, int8 or None for `dtype`; capacity: tokens of a text, None: 4,096 or the model's context. The same input
-    gives the same bytes."""
+    and values, int8 or None for `dtype`; capacity: tokens of a text, None: 4,096 or the model's context; store: where
+    compiled kernels are kept one by one, and those of a run that was stopped are found. The same input gives the same
+    bytes."""
     from tpvc.kernels import aot, package
 
     model = model_of(program, dtype, cache)
@@ -84,7 +91,7 @@ def emit(
     (directory / FILE).write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    built = aot.build(candidates(model, capacity), targets, progress=progress)
+    built = aot.build(candidates(model, capacity), targets, progress=progress, store=store)
     package.write(directory / KERNELS, built.kept)
 
 
@@ -111,9 +118,11 @@ def read(directory: Path) -> Model:
     if found.get("format") != FORMAT:
         raise TpvcError(f"{path} has format {found.get('format')!r}, this tpvc reads {FORMAT}; export the model again")
     try:
-        return _read(directory, found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        found = f"{type(error).__name__}: {error}"
+        model = _read(directory, found)
+        sound.check(model)
+        return model
+    except DAMAGE as error:
+        found = f"{type(error).__name__}: {str(error).strip():.200}"
         raise TpvcError(f"{path} is damaged ({found}); use an intact copy, or export the model again") from error
 
 
@@ -156,6 +165,18 @@ def _read(directory: Path, found: dict[str, Any]) -> Model:
     return Model(steps, params, facts, tuple(found["adapters"]), tasks, prefixes, dtype, cache)
 
 
+def open_cpu(directory: Path) -> OnTorch:
+    """The package with the references of its kernels, for one text. One token is tried: TpvcError where it fails."""
+    model, capacity = read_unchanged(directory), capacity_of(directory)
+    try:
+        compute = OnTorch(model, 1, capacity)
+        Engine(compute).admit([0])
+    except DAMAGE as error:
+        found = f"{type(error).__name__}: {str(error).strip():.200}"
+        raise TpvcError(f"{directory} cannot be computed ({found}); use an intact copy, or export it again") from error
+    return compute
+
+
 def open_gpu(directory: Path, backend: str, slots: int = 1, progress: Progress = silent) -> OnGpu:
     """The package on the first GPU of this machine. backend: cuda or hip."""
     from tpvc.compiler.backends.triton import tiles
@@ -175,7 +196,7 @@ def open_gpu(directory: Path, backend: str, slots: int = 1, progress: Progress =
 def capacity_of(directory: Path) -> int:
     """Tokens of a text for which the package's kernels were built."""
     match read_json(directory / FILE):
-        case {"capacity": int(capacity)}:
+        case {"capacity": int(capacity), "facts": {"context_length": int(context)}} if 0 < capacity <= context:
             return capacity
     raise TpvcError(f"{directory / FILE} does not say its capacity; use an intact copy, or export the model again")
 

@@ -1,0 +1,95 @@
+"""What `quantize` will hold at most: the passes themselves, run on tensors without memory.
+
+Counted are the reading of every weight, sampling where text is to be written by the model, two blocks with their
+streams (all blocks are alike, and the first has one stream for two), and the head. What a process holds before it
+computes anything (interpreter, libraries, tokenizer) is measured (`probe.py`) and added, as is a GGUF file, which stays
+mapped.
+Writing the artefact takes a matrix at a time, less than rounding it took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from tpvc.compiler.compressed_tensors_format import Form, entries
+from tpvc.compiler.interpret import from_files, in_memory, logits
+from tpvc.compiler.pipeline import Job, scale_dtype
+from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weights
+from tpvc.compiler.program import Grid, Lazy, Program, QTensor, read
+from tpvc.compiler.sample import HELD, batch_size
+from tpvc.passes.flexround import FlexRound
+from tpvc.passes.round_to_nearest import RoundToNearest
+
+BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes beyond what a process holds anyway, in host memory and on a device."""
+
+    host: int
+    device: int
+
+
+class Nowhere:
+    """A store of blocks that keeps nothing: as `BlockStore` where no run was before."""
+
+    def finished(self, block: int) -> None:
+        return None
+
+    def save(self, index: int, params: Mapping[str, QTensor], record: dict, streams: dict | None) -> dict[str, Lazy]:
+        """Makes what a block's file is written from."""
+        for q in params.values():
+            _ = [torch.empty(s, dtype=d) for d, s in entries(q.shape, q.grid, q.scale_dtype, Form()).values()]
+        return {name: imagine(Lazy(q.shape, q.scale_dtype, q.dequantize, q.grid)) for name, q in params.items()}
+
+
+def quantising(
+    job: Job, method: str, nsamples: int, head_bits: int, sampled: int, seed: int = 0, device: str = "cpu"
+) -> Peak:
+    """The most that a run holds; sampled: windows that the model writes itself."""
+    with imagined() as counter, torch.no_grad():
+        program = without_weights(job.source)
+        for rewrite in job.adapting:
+            program = rewrite(program)
+        for parameter in program.params.values():
+            read(parameter)
+        if method == "flexround" and sampled:
+            _sample(program, sampled, job.seqlen)
+        _round(cut(program), job, method, nsamples, head_bits, seed, device)
+        return _peak(counter)
+
+
+def _peak(counter: Counter) -> Peak:
+    return Peak(counter.host.peak, counter.device.peak)
+
+
+def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: int, seed: int, device: str) -> None:
+    dtype, store = scale_dtype(job.source), Nowhere()
+    if method == "flexround":
+        windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
+        recipe = replace(job.recipe, steps=min(2, job.recipe.steps))  # the second one has the state of the first
+        FlexRound(job.grid, recipe, windows, store, seed, dtype, device)(program)
+    else:
+        RoundToNearest(job.grid, store, scale_dtype=dtype)(program)
+    if head_bits != 16:
+        RoundToNearest(Grid(head_bits, -1, True), store, "epilogue", dtype)(program)
+
+
+def cut(program: Program, blocks: int = BLOCKS) -> Program:
+    """The program with its first blocks alone."""
+    return replace(program, nodes=tuple(n for n in program.nodes if n.block is None or n.block < blocks))
+
+
+def _sample(program: Program, windows: int, seqlen: int) -> None:
+    """The last token of a batch of windows, which has the longest cache."""
+    small = sum(4 * torch.Size(p.shape).numel() for p in program.params.values()) <= HELD
+    weight = in_memory(program) if small else from_files(program)
+    facts, rows = program.facts, min(windows, batch_size(program, seqlen))
+    shape = (rows, facts.kv_heads, seqlen - 1, facts.head_dim)
+    layers = [n.name for n in program.nodes if n.op == "attention"]
+    cache = {name: (torch.empty(shape), torch.empty(shape)) for name in layers}
+    logits(program, torch.zeros(rows, 1, dtype=torch.int64), weight=weight, cache=cache)[:, -1].softmax(-1)

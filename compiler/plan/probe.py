@@ -1,0 +1,205 @@
+"""A few seconds of a run, in a process of its own: what it holds before it computes, and how long its parts take.
+
+    python -m tpvc.compiler.plan.probe < {"job": options of `prepare`, "dataset", "nsamples", "seed", "device", "timed"}
+
+Weights are random, of the shapes that the first block has: no weight of the model is read. Where a block does not fit
+into memory (`timed` false), nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tpvc.compiler.errors import TpvcError
+
+SLICE = 1 << 20
+"""Weights of a matrix that are searched or rounded to see how long it takes."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """resident   bytes that the process held before and after its computations: libraries, tokenizer
+    tokenizer   bytes of the tokenizer's files
+    sampled     calibration windows that the text does not yield, which the model writes itself
+    text        seconds that tokenizing the calibration text took
+    step, batch, search   seconds of an optimiser step, of a forward pass of AT_ONCE windows, of the search of all grids
+                of a block; None where nothing was timed
+    number      seconds of rounding a number to nearest
+    """
+
+    resident: int
+    tokenizer: int
+    sampled: int
+    text: float
+    step: float | None
+    batch: float | None
+    search: float | None
+    number: float | None
+
+
+def probe(options: dict[str, Any]) -> Probe:
+    """Run this file as a process. TpvcError where it refuses what a run would refuse."""
+    command = [sys.executable, "-m", "tpvc.compiler.plan.probe"]
+    done = subprocess.run(command, input=json.dumps(options), capture_output=True, text=True)
+    if done.returncode == 2:
+        raise TpvcError(json.loads(done.stdout)["error"])
+    if done.returncode:
+        raise RuntimeError(f"the probe ended with {done.returncode}:\n{done.stderr}")
+    return Probe(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def seconds(found: Probe, blocks: int, steps: int, windows: int, held: int, inside: int, outside: int) -> float | None:
+    """About how long a run takes; windows 0: round-to-nearest. inside, outside: numbers rounded in the blocks, in the
+    head. Reading and writing are left out, as is text that the model writes."""
+    if found.number is None:
+        return None
+    if not windows:
+        return (inside + outside) * found.number
+    batches = (2 * windows + (windows - held)) / AT_ONCE_WINDOWS + 3 * max(held, AT_ONCE_WINDOWS) / AT_ONCE_WINDOWS
+    block = steps * found.step + math.ceil(batches) * found.batch + found.search
+    return found.text + blocks * block + outside * found.number
+
+
+AT_ONCE_WINDOWS = 8
+
+
+def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: str, timed: bool) -> Probe:
+    import torch
+
+    from tpvc.compiler import frontends
+    from tpvc.compiler.calibration import text_windows
+    from tpvc.compiler.freed import give_back
+    from tpvc.compiler.pipeline import prepare, scale_dtype
+
+    made = prepare(**job)
+    tokenizer = frontends.tokenizer(made.program)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+    learned, began = job["method"] == "flexround", time.perf_counter()
+    sampled = 0
+    if learned:
+        windows, *_ = text_windows(made.program, tokenizer, dataset, nsamples, made.seqlen)
+        sampled = nsamples - len(windows)
+    text = time.perf_counter() - began
+    step = batch = search = number = None
+    if timed:
+        with torch.no_grad():
+            number = _rounding(made, scale_dtype(made.source))
+            if learned:
+                step, batch, search = _learning(made, scale_dtype(made.source), seed, device)
+    give_back()
+    return Probe(_resident(), size, sampled, text, step, batch, search, number)
+
+
+def _rounding(made: Any, dtype: Any) -> float:
+    import torch
+
+    from tpvc.passes.round_to_nearest import quantize
+
+    columns = made.grid.group if made.grid.group > 0 else 1024
+    weight = torch.randn(max(1, 4 * SLICE // columns), columns)
+    return _seconds(lambda: quantize(weight, made.grid, dtype)) / weight.numel()
+
+
+def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, float, float]:
+    """Seconds of a step, of a batch of windows, of the search of a block's grids."""
+    import torch
+
+    from tpvc.compiler.program import linears
+    from tpvc.passes.block import EXACT, Block, spread
+    from tpvc.passes.flexround import Factors, FlexRound
+    from tpvc.passes.grid import min_max
+    from tpvc.passes.grid_search import search
+
+    program = _random(made.program)
+    block = Block(program, 0, device)
+    names = [n.params["weight"] for n in linears(block.nodes)]
+    count = max(AT_ONCE_WINDOWS, made.recipe.batch)
+    ids = spread(count, len(program.adapters))
+    x = torch.randn(count, made.seqlen, program.facts.hidden_size)
+    target = block.outputs(x, block.weights, ids, EXACT)
+    batch = _seconds(lambda: block.outputs(x, block.weights, ids, EXACT)) * AT_ONCE_WINDOWS / count
+
+    searched = 0.0
+    if made.recipe.searched:
+        for name in names:
+            weight = block.weights[name]
+            rows = weight if made.grid.group == 0 else weight[: max(1, SLICE // weight.shape[1])]
+            importance = torch.ones(weight.shape[1], device=weight.device)
+            took = _seconds(lambda w=rows, h=importance: search(w, h, made.grid, dtype), warm=False)
+            searched += took * len(weight) / len(rows)
+
+    def learn(steps: int) -> float:
+        factors = {n: _start(block.weights[n]) for n in names}
+        learning = FlexRound(made.grid, replace(made.recipe, steps=steps, held_out=0), x, None, seed, dtype, device)
+        return _seconds(lambda: learning.learn(block, factors, x, target, ids, 0), warm=False)
+
+    def _start(weight: torch.Tensor) -> Factors:
+        return Factors.start(weight, min_max(weight, made.grid, dtype), made.grid, made.recipe.lr_scale == 0)
+
+    first = learn(1)
+    step = first if first > 5 else (learn(4) - learn(1)) / 3
+    return step, batch, searched
+
+
+def _random(program: Any) -> Any:
+    """`program` with random weights in place of its own."""
+    import torch
+
+    from tpvc.compiler.program import Lazy
+
+    def lazy(parameter: Lazy) -> Lazy:
+        scale = parameter.shape[-1] ** -0.5 if len(parameter.shape) > 1 else 1.0
+        return replace(parameter, read=lambda: torch.randn(parameter.shape).mul_(scale))
+
+    mine = {name: lazy(p) for name, p in program.params.items() if isinstance(p, Lazy)}
+    return replace(program, params={**program.params, **mine})
+
+
+def _seconds(work: Callable[[], Any], warm: bool = True) -> float:
+    import torch
+
+    if warm:
+        work()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _resident() -> int:
+    """Bytes that this process holds now; where the system does not say so, the most that it held."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    from tpvc.compiler.bench import peak_bytes
+
+    return peak_bytes()
+
+
+def main() -> None:
+    from dataclasses import asdict
+
+    try:
+        print(json.dumps(asdict(_work(**json.load(sys.stdin)))))
+    except TpvcError as error:
+        print(json.dumps({"error": str(error)}))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

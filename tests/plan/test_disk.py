@@ -1,0 +1,74 @@
+"""Bytes that are predicted are those that are written."""
+
+import pytest
+import torch
+
+from tpvc.compiler import frontends
+from tpvc.compiler.pipeline import export, prepare, quantize
+from tpvc.compiler.plan.disk import checkpoint_bytes, onnx_bytes, triton_bytes
+from tpvc.compiler.plan.outcome import outcome
+
+GRIDS = (
+    {"bits": 4, "group": 32, "symmetric": True},
+    {"bits": 3, "group": 16},
+    {"bits": 8, "group": -1, "symmetric": True, "activations": "int8"},
+    {"bits": 2, "group": 64, "head_bits": 16},
+)
+
+
+def weights(folder):
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module", params=GRIDS, ids=lambda grid: f"W{grid['bits']}g{grid['group']}")
+def both(request, tiny_llama, tmp_path_factory):
+    """(the artefact, the program that was planned)."""
+    out = tmp_path_factory.mktemp("planned") / "artefact"
+    quantize(tiny_llama, out, method="rtn", **request.param)
+    head = request.param.get("head_bits", 8)
+    return out, outcome(prepare(tiny_llama, method="rtn", **request.param), head)
+
+
+def test_the_artefact(both):
+    out, planned = both
+    assert checkpoint_bytes(planned) == weights(out)
+
+
+def test_what_was_written_is_planned_alike(both):
+    out, planned = both
+    assert checkpoint_bytes(frontends.load(out)) == checkpoint_bytes(planned)
+
+
+@pytest.mark.parametrize("to", ["vllm", "gptq_v2", "awq"])
+def test_checkpoints(both, to, tmp_path):
+    out, planned = both
+    try:
+        export(out, tmp_path / to, to=to)
+    except frontends.TpvcError as error:
+        with pytest.raises(frontends.TpvcError, match=str(error).partition(":")[0][:40].replace("(", ".")):
+            checkpoint_bytes(planned, to)
+    else:
+        assert checkpoint_bytes(planned, to) == weights(tmp_path / to)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_onnx(both, portable, tmp_path):
+    """Pages are counted tensor by tensor; q, k and v in one matrix begin on fewer: at most one a tensor is too many."""
+    out, planned = both
+    export(out, tmp_path / "onnx", to="onnx", portable=portable)
+    written = sum(f.stat().st_size for f in (tmp_path / "onnx").rglob("model.onnx.data"))
+    tensors = 3 * sum(n.op in ("linear", "embed") for n in planned.nodes) * (1 + portable)
+    assert abs(onnx_bytes(planned, portable) - written) <= 4096 * tensors
+
+
+def test_triton(both, tmp_path):
+    from safetensors.torch import save_file
+
+    from tpvc.compiler.backends import triton
+    from tpvc.compiler.backends.triton.model import model_of
+
+    out, planned = both
+    tensors, _ = triton._stored(model_of(frontends.load(out), torch.float16))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") + 8
+    assert triton_bytes(planned, torch.float16) == weights(tmp_path) - header
