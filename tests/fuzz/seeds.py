@@ -374,7 +374,7 @@ def tokenizers(work: Path) -> list[Tree]:
     wrapped.save_pretrained(work / "tokenizer")
     tree = tree_of(work / "tokenizer")
     told = json.loads(tree["tokenizer_config.json"])
-    code = b"import os\nos.system('touch /tmp/x/was_run')\n"
+    code = b"import os\nos.system('touch was_run')\n"
     remote = told | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
     named = told | {
         "chat_template": [{"name": "default", "template": "{{ messages }}"}, {"name": "../../evil", "template": "x"}]

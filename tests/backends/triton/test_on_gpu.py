@@ -176,7 +176,7 @@ def test_a_package_is_opened_on_the_card_that_there_is(tiny_llama, fake_drivers,
     """From what is written to what `tpvc run` writes: the tokens of the references, but for sums in another order."""
     built = {}
 
-    def build(wanted, targets, progress):
+    def build(wanted, targets, progress, store):
         built["variants"], kept = compiled(wanted)
         return Built(tuple(kept), ())
 
