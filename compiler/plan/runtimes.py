@@ -258,7 +258,8 @@ def _triton(program: Program, targets: Sequence[Target]) -> Iterator[Verdict]:
     for target in targets:
         answers[_triton_on(program, target)].append(target.name)
     for (loads, path, change), names in answers.items():
-        who = "Triton" if len(answers) == 1 and len(targets) > 1 else f"Triton, {', '.join(names)}"
+        said = "other targets" if len(names) > len(targets) / 2 > 2 else ", ".join(names)
+        who = "Triton" if len(answers) == 1 and len(targets) > 1 else f"Triton, {said}"
         yield Verdict(who, "triton", loads, path, change, count)
 
 

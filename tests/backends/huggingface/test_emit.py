@@ -271,6 +271,7 @@ def test_end_tokens_reach_generation_without_a_generation_config(tmp_path):
 def test_a_generation_config_beside_a_gguf_is_not_its_own(tmp_path):
     program = llama(tmp_path / "source")
     (tmp_path / "source/generation_config.json").write_text('{"eos_token_id": 77}')
+    (tmp_path / "source/m.gguf").touch()
     source = replace(program.source, weights=(tmp_path / "source/m.gguf",))
     emitted(replace(program, source=source), tmp_path / "out")
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [2, 3]
