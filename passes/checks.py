@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Node, Program, QTensor, grid_of, linears
 
@@ -35,7 +37,7 @@ def check_float(program: Program, nodes: tuple[Node, ...]) -> None:
 
 def linear_record(node: Node, value: QTensor, nearest: QTensor) -> dict:
     """What the manifest says about one linear; flips: the share of codes that differ from round-to-nearest's."""
-    flips = float((value.codes != nearest.codes).float().mean())
+    flips = int(torch.count_nonzero(value.codes != nearest.codes)) / value.codes.numel()
     return {
         "name": node.name,
         "shape": list(value.shape),
