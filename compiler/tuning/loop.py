@@ -127,8 +127,8 @@ def descend(
 
     step      (optimizer, indices of a batch, number) changes `params` and returns numbers whose means over a stretch
               are the curve's; the first is the loss, and where that is not finite the step has changed nothing
-    validate  numbers of which the first chooses the best and the second is a share of exact answers. None: nothing is
-              measured, no best is kept, and `params` are left as the last step made them
+    validate  numbers of which the first chooses the best and the second, if any, is a share of exact answers. None:
+              nothing is measured, no best is kept, and `params` are left as the last step made them
     also      tensors beside the parameters that steps change in place: they are stored and restored with them
 
     Raises Diverged.
@@ -156,7 +156,7 @@ def descend(
             store.save(done, {}, record, _state(params, also, optimizer, best))
             done += 1
         if checks:
-            note = f"validation loss {checks[-1][1]:.4g}, {100 * checks[-1][2]:.1f} % exact"
+            note = f"validation loss {checks[-1][1]:.4g}" + "".join(f", {100 * c:.1f} % exact" for c in checks[-1][2:3])
         progress(stage, at, schedule.steps, note)
         if at == schedule.steps:
             return Tuned(best, curve, checks, best_step)
