@@ -8,6 +8,8 @@ One module is one QTensor. Under `<module>.` stand (N = out, K = in features, G 
     weight_shape       int64 [2]                        N, K; with weight_packed only
     weight_zero_point  int8, as weight_scale            zero - 2^(bits-1); or
                        int32 [ceil(N * bits / 32), G]   zero, packed along N
+    input_scale        float [1]                        the grid of what the module reads, where it is a static one
+    input_zero_point   int8 [1]
 
 Which form is written is a matter of who can read it, checked against compressed-tensors 0.20 in transformers 5.23:
 
@@ -15,7 +17,9 @@ Which form is written is a matter of who can read it, checked against compressed
   unpacked shape and refuses them. It does read plain int8 zero points with strategy "block": blocks of one row by g
   columns are groups of g. The tensors are otherwise the same.
 * Integer weights of 8 bits beside activations rounded to int8 are written as bytes ("int-quantized"), as vLLM expects
-  W8A8; all others stay packed. Activations leave no tensor: they are rounded per token while the model runs.
+  W8A8; all others stay packed. Activations that are rounded per token while the model runs leave no tensor. Those on
+  one static grid have a zero point, which vLLM's int8 kernels take too; transformers gives `input_scale` the dtype of
+  the model, so that it has to be exact in that of the weights' scales.
 * A packed embedding does not load in transformers (no `weight` is left to initialise), an int8 one does; and as both
   modules then have a `weight`, a head tied to it is tied as ever, and the matrix is stored once.
 """
@@ -37,19 +41,25 @@ Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> dtype and shape."""
 
 
-ACTIVATIONS = {"int8": {"type": "int"}, "fp8": {"type": "float"}}
-"""How the rows that a module reads are rounded -> what its `input_activations` say beside `EVERY_TOKEN`."""
-EVERY_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+ACTIVATIONS = {
+    "int8": {**_TOKEN, "type": "int"},
+    "fp8": {**_TOKEN, "type": "float"},
+    "int8-static": {"num_bits": 8, "symmetric": False, "strategy": "tensor", "dynamic": False, "type": "int"},
+}
+"""How what a module reads is rounded -> its `input_activations`."""
+INPUT_PARTS = ("input_scale", "input_zero_point")
 
 
 @dataclass(frozen=True)
 class Form:
     """packed: codes in 32-bit words, not one a byte; packed_zeros: zero points too, along the rows; activations: a key
-    of `ACTIVATIONS`, or None: in float."""
+    of `ACTIVATIONS`, or None: in float; inputs: (scale, zero point) of activations on a static grid."""
 
     packed: bool = True
     packed_zeros: bool = False
     activations: str | None = None
+    inputs: tuple[float, int] | None = None
 
     @property
     def name(self) -> str:
@@ -70,6 +80,8 @@ def entries(shape: tuple[int, int], grid: Grid, scale_dtype: torch.dtype, form: 
         out["weight_zero_point"] = (torch.int32, (words(n, grid.bits), scale[1]))
     elif not grid.symmetric:
         out["weight_zero_point"] = (torch.int8, scale)
+    if form.inputs is not None:
+        out |= {"input_scale": (scale_dtype, (1,)), "input_zero_point": (torch.int8, (1,))}
     return out
 
 
@@ -89,6 +101,12 @@ def to_tensors(q: QTensor, form: Form) -> dict[str, torch.Tensor]:
         out["weight_zero_point"] = pack(q.zero.T, bits).T.contiguous()
     elif q.zero is not None:
         out["weight_zero_point"] = _signed(q.zero, bits).reshape(shape)
+    if form.inputs is not None:
+        scale, zero = form.inputs
+        out["input_scale"] = torch.tensor([scale], dtype=torch.float32).to(q.scale_dtype)
+        out["input_zero_point"] = torch.tensor([zero], dtype=torch.int8)
+        if out["input_scale"].item() != scale:
+            raise ValueError(f"the scale of what it reads is not exact in {q.scale_dtype}")
     return out
 
 
@@ -143,7 +161,7 @@ def quantization_config(
             "targets": ["Linear"] if key == widest else names,
             "format": form,
             "weights": {k: list(v) if isinstance(v, tuple) else v for k, v in weights},
-            "input_activations": EVERY_TOKEN | ACTIVATIONS[activations] if activations else None,
+            "input_activations": dict(ACTIVATIONS[activations]) if activations else None,
             "output_activations": None,
             **({"module_type": "Conv1D"} if is_conv else {}),
         }

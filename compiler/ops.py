@@ -60,6 +60,22 @@ def round_rows(x: Tensor, *, kind: str) -> Tensor:
     return _StraightThrough.apply(x, (codes.float() * scale).to(x.dtype))
 
 
+TENSOR_RANGE = (-128, 127)
+"""Codes of a value that is rounded on one grid."""
+
+
+def round_tensor(x: Tensor, *, scale: float, zero: int) -> Tensor:
+    """(code - zero) * scale with code = round(x / scale) + zero, half to even, inside of `TENSOR_RANGE`: what a linear
+    reads whose activations are rounded on one grid that was chosen beforehand (statically). In float32, whatever x is.
+
+    The gradient goes straight through, and ends where x lies outside of the grid.
+    """
+    least, most = (code - zero for code in TENSOR_RANGE)
+    step = torch.full((), scale, device=x.device)  # a tensor: torch would multiply with the inverse of a number
+    codes = (x.detach().float() / step).round().clamp(least, most)
+    return _StraightThrough.apply(x.clamp(least * scale, most * scale), (codes * step).to(x.dtype))
+
+
 class _StraightThrough(torch.autograd.Function):
     """The second argument, with the gradient going to the first."""
 
@@ -258,6 +274,7 @@ OPS: dict[str, Op] = {
     "linear": Op(linear, 1, ("weight", "bias?")),
     "reorder": Op(reorder, 1, (), ("order",)),
     "round_rows": Op(round_rows, 1, (), ("kind",)),
+    "round_tensor": Op(round_tensor, 1, (), ("scale", "zero")),
     "rms_norm": Op(rms_norm, 1, ("weight",), ("eps", "plus_one?")),
     "layer_norm": Op(layer_norm, 1, ("weight", "bias?"), ("eps",)),
     "rope": Op(rope, 2, (), ("head_dim", "inv_freq", "magnitude?", "offset?")),

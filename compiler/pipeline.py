@@ -32,12 +32,14 @@ from tpvc.kernels.targets import parse
 from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_float, check_grid
-from tpvc.passes.flexround import RECIPES, FlexRound, Recipe
+from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.fold_road import FoldRoad, as_stored
 from tpvc.passes.reorder import check_order
-from tpvc.passes.round_activations import RoundActivations, check_kind
+from tpvc.passes.round_activations import STATIC, RoundActivations, check_kind
 from tpvc.passes.round_to_nearest import RoundToNearest
+from tpvc.passes.static_inputs import StaticInputs
+from tpvc.passes.tune_scales import TuneScales
 
 
 def quantize(
@@ -68,8 +70,9 @@ def quantize(
     bits, group, symmetric  the grid of the block linears: 2..8; columns per scale, -1 per channel, 0 per tensor, None:
                             the largest of 128, 64, 32 that divides every weight, and -1 for W8A8
     activations             "int8" or "fp8": what block linears read is rounded per token, while the model runs (W8A8,
-                            W4A8); None: it stays in float
-    method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration
+                            W4A8); "int8-static": on one grid for all tokens, found on the calibration text, and per
+                            token where none holds them; None: it stays in float
+    method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration by itself
     recipe, steps           a name in RECIPES; steps overrides its optimiser steps per block
     dataset, nsamples, seqlen   calibration: see tpvc.compiler.calibration; seqlen None: 256, or the model's context
     head_bits               8 rounds the head per channel (to nearest); 16 leaves it in float
@@ -106,7 +109,7 @@ def quantize(
     progress("load", 1, 1, "")
 
     calibration = None
-    if method == "flexround":
+    if calibrated(method, activations):
         calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
     options = {
         "bits": bits,
@@ -123,14 +126,17 @@ def quantize(
     if job.prompts:
         options |= {"prompts": {p.name: p.origin["sha256"] for p in job.prompts}}
     if method == "flexround":
-        options |= {"recipe": recipe, **asdict(chosen), "dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
-        options |= {"seed": seed, "device": device}
+        options |= {"recipe": recipe, **asdict(chosen)}
+    if calibration is not None:
+        options |= {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "device": device}
 
     with published(out, overwrite, resumable=True) as work:
-        store = BlockStore.open(work / BLOCKS, _fingerprint(program, options, calibration), replace=overwrite)
+        identity = _fingerprint(program, options, calibration)
+        store = BlockStore.open(work / BLOCKS, identity, replace=overwrite)
+        closing = BlockStore.open(work / BLOCKS / CLOSING, identity, replace=True)
         if store.finished(0) is None:
             _check_finite(program, progress)
-        passes = _passes(grid, options, chosen, calibration, store, progress)
+        passes = _passes(grid, options, chosen, calibration, store, closing, progress)
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
@@ -206,10 +212,13 @@ def prepare(
     check_float(program, nodes)
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
-    _check_windows(program, method, nsamples, seqlen)
+    if calibrated(method, activations):
+        _check_windows(program, nsamples, seqlen)
     return Job(source, program, tuple(adapting), adapters, tasks, grid, chosen, seqlen)
 
 
+CLOSING = "closing"
+"""Where, among the finished blocks, the closing step keeps its state."""
 CHECKPOINTS = ("vllm", "gptq", "gptq_v2", "awq")
 EXPORTS = ("onnx", "triton", *CHECKPOINTS)
 """What `export` writes, and which of it are checkpoints."""
@@ -320,6 +329,12 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], *packages: str) -> N
 
 
 Adapting = RoundActivations | BankPrompt | BankRoad | FoldRoad
+Rounding = FlexRound | RoundToNearest | StaticInputs | TuneScales
+
+
+def calibrated(method: str, activations: str | None) -> bool:
+    """Whether a run of `quantize` looks at calibration text."""
+    return method == "flexround" or activations == STATIC
 
 
 def default_group(program: Program) -> int:
@@ -348,16 +363,16 @@ def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples
         raise TpvcError(f"calibration is {nsamples} windows of {seqlen} tokens; expected at least 1 window of 2 tokens")
 
 
-def _check_windows(program: Program, method: str, nsamples: int, seqlen: int) -> None:
+def _check_windows(program: Program, nsamples: int, seqlen: int) -> None:
     """Calibration windows must go round the adapters and prompts, and leave room for text behind the prompts."""
     combinations = (len(program.adapters) + 1) * (len(program.prompts) + 1)
-    if method == "flexround" and nsamples < combinations:
+    if nsamples < combinations:
         raise TpvcError(
             f"{nsamples} calibration windows do not go round the base, {len(program.adapters)} adapters and"
             f" {len(program.prompts)} prompts; ask for at least {combinations}"
         )
     longest = max((p.tokens for p in program.prompts), default=0)
-    if method == "flexround" and longest and seqlen < 2 * longest:
+    if longest and seqlen < 2 * longest:
         raise TpvcError(
             f"calibration windows of {seqlen} tokens are too short behind a prompt of {longest} virtual tokens;"
             f" expected at least {2 * longest}, set --seqlen"
@@ -379,16 +394,25 @@ def _passes(
     recipe: Recipe,
     calibration: Calibration | None,
     store: BlockStore,
+    closing: BlockStore,
     progress: Progress,
-) -> list[FlexRound | RoundToNearest]:
-    """Order is meaning: blocks first, on the float embedding; then the head, which may share its matrix with it."""
+) -> list[Rounding]:
+    """Order is meaning: blocks first, on the float embedding, and what is tuned behind them; then the head, which may
+    share its matrix with the embedding."""
     dtype = getattr(torch, options["scale_dtype"])
-    passes: list[FlexRound | RoundToNearest] = []
-    if calibration is not None:
+    passes: list[Rounding] = []
+    if options["method"] == "flexround":
         seed, device = options["seed"], options["device"]
-        passes.append(FlexRound(grid, recipe, calibration.tokens, store, seed, dtype, device, progress))
+        windows = calibration.tokens
+        passes.append(FlexRound(grid, recipe, windows, store, seed, dtype, device, progress))
+        if recipe.rounds:
+            held = held_out(recipe, len(windows))
+            rates = recipe.rounds, recipe.batch, recipe.lr_rounds
+            passes.append(TuneScales(*rates, held, windows, store, closing, seed, device, progress))
     else:
         passes.append(RoundToNearest(grid, store, scale_dtype=dtype, progress=progress))
+    if options["method"] == "rtn" and calibration is not None:
+        passes.append(StaticInputs(calibration.tokens, dtype, options["device"], progress))
     if options["head_bits"] != 16:
         head = Grid(options["head_bits"], -1, True)
         passes.append(RoundToNearest(head, store, "epilogue", dtype, progress))
@@ -401,7 +425,7 @@ def _manifest(
     store: BlockStore,
     options: dict[str, Any],
     calibration: Calibration | None,
-    passes: list[Adapting | FlexRound | RoundToNearest],
+    passes: list[Adapting | Rounding],
 ) -> tuple[dict[str, Any], list[float]]:
     """(tpvc.json without anything that differs between two runs of one command, seconds per block)."""
     records = [dict(store.finished(i)[1]) for i in range(program.blocks)]
@@ -438,7 +462,7 @@ def _manifest(
     return manifest, timings
 
 
-def _pass_record(done: Adapting | FlexRound | RoundToNearest) -> dict[str, Any]:
+def _pass_record(done: Adapting | Rounding) -> dict[str, Any]:
     record = {"name": type(done).__name__}
     if isinstance(done, RoundActivations):
         return {**record, "kind": done.kind}
@@ -446,7 +470,9 @@ def _pass_record(done: Adapting | FlexRound | RoundToNearest) -> dict[str, Any]:
         return {**record, "prompts": [p.name for p in done.prompts]}
     if isinstance(done, BankRoad):
         return {**record, "adapters": [a.name for a in done.roads]}
-    return record if isinstance(done, FoldRoad) else {**record, "grid": str(done.grid)}
+    if isinstance(done, TuneScales):
+        return {**record, "checks": done.checks()}
+    return record if isinstance(done, FoldRoad | StaticInputs) else {**record, "grid": str(done.grid)}
 
 
 def _why_float(program: Program, node: Node) -> str:

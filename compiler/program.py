@@ -28,6 +28,8 @@ from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
 
 INPUTS = ("input_ids", "positions", "mask", "adapter_ids")
+ROUNDERS = ("round_rows", "round_tensor")
+"""The ops that round what linears read."""
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,17 @@ def linears(nodes: Iterable[Node]) -> tuple[Node, ...]:
 
 
 def rounded_inputs(program: Program) -> dict[str, str]:
-    """{weight of a linear: how the rows that it reads are rounded}, for linears that read a `round_rows` node."""
-    kinds = {n.name: n.attrs["kind"] for n in program.nodes if n.op == "round_rows"}
+    """{weight of a linear: how what it reads is rounded}, for linears that read a `round_rows` node ("int8", "fp8") or
+    a `round_tensor` node ("int8-static")."""
+    kinds = {n.name: n.attrs.get("kind", "int8-static") for n in program.nodes if n.op in ROUNDERS}
     return {n.params["weight"]: kinds[n.inputs[0]] for n in linears(program.nodes) if n.inputs[0] in kinds}
+
+
+def input_grids(program: Program) -> dict[str, tuple[float | None, int]]:
+    """{weight of a linear: (scale, zero point) of what it reads}, for linears that read a `round_tensor` node; the
+    scale is None where nobody has found it yet."""
+    grids = {n.name: (n.attrs["scale"], n.attrs["zero"]) for n in program.nodes if n.op == "round_tensor"}
+    return {n.params["weight"]: grids[n.inputs[0]] for n in linears(program.nodes) if n.inputs[0] in grids}
 
 
 def adapter_id(program: Program, name: str | None) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.ops import ACTIVATIONS, OPS, ROW_RANGE
+from tpvc.compiler.ops import ACTIVATIONS, OPS, ROW_RANGE, TENSOR_RANGE
 from tpvc.compiler.program import INPUTS, Node, Program
 
 
@@ -79,6 +81,10 @@ def _width(check, program: Program, node: Node, widths: dict[str, int | None]) -
             check(sorted(order) == list(range(given[0] or 0)), f"order of {len(order)} is none of {given[0]} features")
         case "round_rows":
             check(node.attrs["kind"] in ROW_RANGE, f"unknown kind '{node.attrs['kind']}'")
+        case "round_tensor":
+            (least, most), scale, zero = TENSOR_RANGE, node.attrs["scale"], node.attrs["zero"]
+            check(scale is None or 0 < scale < math.inf, f"scale is {scale}, expected a positive number")
+            check(least <= zero <= most, f"zero point is {zero}, expected {least} to {most}")
         case "add" | "mul":
             check(given[0] == given[1], f"adds {given[0]} to {given[1]} features")
         case "rotate":

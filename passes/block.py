@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tpvc.compiler import interpret
 from tpvc.compiler.ops import OPS, Op
-from tpvc.compiler.program import Node, Program, QTensor, dense, prompt_ids
-from tpvc.compiler.quick import quick_matmul
+from tpvc.compiler.program import ROUNDERS, Node, Program, QTensor, dense, prompt_ids
+from tpvc.compiler.quick import QUICK
 from tpvc.compiler.verify import ports
 
-EXACT = {**OPS, "round_rows": replace(OPS["round_rows"], compute=lambda x, kind: x)}
+EXACT = {**OPS, **{op: replace(OPS[op], compute=lambda x, **_: x) for op in ROUNDERS}}
 """The ops of a block in float: nothing is rounded."""
 Watch = Callable[[Node, list[Tensor]], None]
 AT_ONCE = 8
@@ -62,9 +62,8 @@ class Block:
                 name = node.params["weight"]
                 total[name] = total[name] + square if name in total else square
 
-        with quick_matmul(True):
-            for part, own in zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
-                self.output(part, self.weights, own, watch)
+        for part, own in zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
+            self.output(part, self.weights, own, watch, QUICK)
         return {name: value / (x.shape[0] * x.shape[1]) for name, value in total.items()}
 
 

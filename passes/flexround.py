@@ -34,15 +34,17 @@ from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.freed import give_back
+from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.quick import quick_matmul
+from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, relative_error, spread
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.fake_round import FakeRound, learned_codes
 from tpvc.passes.grid import Range, grouped, min_max, on_grid, qtensor
 from tpvc.passes.grid_search import search
+from tpvc.passes.static_inputs import recorded, with_grids, with_recorded
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,26 @@ class Recipe:
     lr_scale: float
     searched: bool
     held_out: int
+    rounds: float
+    lr_rounds: float
 
 
 RECIPES: dict[str, Recipe] = {
-    "fast": Recipe(steps=60, batch=4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8),
-    "default": Recipe(steps=200, batch=4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8),
-    "best": Recipe(steps=1000, batch=4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8),
-    "paper": Recipe(steps=5000, batch=2, lr=5e-4, lr_scale=5e-4, searched=False, held_out=0),
+    "fast": Recipe(20, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=0, lr_rounds=0.0),
+    "default": Recipe(120, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=1.5, lr_rounds=7e-4),
+    "best": Recipe(1000, 4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8, rounds=4, lr_rounds=7e-4),
+    "paper": Recipe(5000, 2, lr=5e-4, lr_scale=5e-4, searched=False, held_out=0, rounds=0, lr_rounds=0.0),
 }
 """fast, default and best by measurement (docs/flexround.md); paper: the authors' released Llama-2 setting."""
+
+
+IMPORTANT = 32
+"""Windows, of those that the optimiser sees, over which the importance of input features is averaged."""
+
+
+def held_out(recipe: Recipe, windows: int) -> int:
+    """How many of so many windows, the last ones, are kept from the optimiser: an eighth at most."""
+    return min(recipe.held_out, windows // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +141,7 @@ class FlexRound:
         check_float(program, nodes)
         finished = 0
         while finished < program.blocks and (found := self.store.finished(finished)) is not None:
-            program = program.with_params(found[0])
+            program = with_recorded(program.with_params(found[0]), found[1])
             finished += 1
         if finished == program.blocks:
             return program
@@ -142,9 +155,10 @@ class FlexRound:
             self.progress("FlexRound", index, program.blocks, f"block {index}")
             give_back()
             began = time.perf_counter()
+            program = with_grids(program, index, rounded, ids, self.scale_dtype, self.device)
             fit = self._fit(program, index, exact, rounded, ids)
             exact, rounded = fit.exact, fit.rounded
-            record = {**fit.record, "seconds": time.perf_counter() - began}
+            record = {**fit.record, **recorded(program, index), "seconds": time.perf_counter() - began}
             params = self.store.save(index, fit.params, record, {"exact": exact, "rounded": rounded})
             program = program.with_params(params)
             note = f"block {index}: error {record['error_rtn']:.2e} to {record['error']:.2e}"
@@ -164,7 +178,8 @@ class FlexRound:
         nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}
         start = nearest
         if self.recipe.searched:
-            seen = slice(0, self._training(len(rounded)))
+            few = max(IMPORTANT, len(program.adapters) + 1)
+            seen = slice(0, min(few, self._training(len(rounded))))
             importance = block.importance(rounded[seen], ids[seen])
             start = {name: search(w, importance[name], grid, dtype) for name, w in weights.items()}
         factors = {n: Factors.start(w, start[n], grid, self.recipe.lr_scale == 0) for n, w in weights.items()}
@@ -177,7 +192,7 @@ class FlexRound:
         give_back()
         candidates["learned"] = {n: f.frozen(grid, dtype) for n, f in factors.items()}
 
-        judged = slice(self._training(len(rounded)), None) if self._held(len(rounded)) else slice(0, AT_ONCE)
+        judged = slice(self._training(len(rounded)), None) if held_out(self.recipe, len(rounded)) else slice(0, AT_ONCE)
         errors = {}
         for kind, chosen in candidates.items():
             output = block.outputs(rounded[judged], block.with_rounded(chosen), ids[judged])
@@ -197,12 +212,9 @@ class FlexRound:
         }
         return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), ids))
 
-    def _held(self, windows: int) -> int:
-        return min(self.recipe.held_out, windows // 8)
-
     def _training(self, windows: int) -> int:
         """How many windows, from the first, the optimiser may see."""
-        return windows - self._held(windows)
+        return windows - held_out(self.recipe, windows)
 
     @torch.enable_grad()
     def learn(
@@ -222,20 +234,20 @@ class FlexRound:
         power = float(target[:training].square().mean())
         order: list[int] = []
         curve = []
-        with quick_matmul(self.grid.bits <= 4):
-            for step in range(recipe.steps):
-                if len(order) < recipe.batch:
-                    order = torch.randperm(training, generator=draw).tolist()
-                batch, order = order[: recipe.batch], order[recipe.batch :]
-                weights = {n: f.rounded(top, self.scale_dtype) for n, f in factors.items()}
-                output = block.output(rounded[batch], {**block.weights, **weights}, ids[batch])
-                loss = (output - target[batch].to(self.device)).square().mean() / power
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                if step % max(1, recipe.steps // 20) == 0 or step == recipe.steps - 1:
-                    curve.append([step, float(f"{loss.item():.6g}")])
+        ops = QUICK if self.grid.bits <= 4 else OPS
+        for step in range(recipe.steps):
+            if len(order) < recipe.batch:
+                order = torch.randperm(training, generator=draw).tolist()
+            batch, order = order[: recipe.batch], order[recipe.batch :]
+            weights = {n: f.rounded(top, self.scale_dtype) for n, f in factors.items()}
+            output = block.output(rounded[batch], {**block.weights, **weights}, ids[batch], ops=ops)
+            loss = (output - target[batch].to(self.device)).square().mean() / power
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % max(1, recipe.steps // 20) == 0 or step == recipe.steps - 1:
+                curve.append([step, float(f"{loss.item():.6g}")])
         return curve
 
 

@@ -46,6 +46,10 @@ def test_the_artefact_tells_what_was_done(whole, tiny_llama):
     assert [entry["name"] for entry in kept] == ["model.embed_tokens"] and "table lookup" in kept[0]["why"]
     assert kept[0]["why"] in (whole / "report.html").read_text()
     assert "seconds" not in (whole / "tpvc.json").read_text()
+    assert [p["name"] for p in manifest["passes"]] == ["FlexRound", "TuneScales", "RoundToNearest"]
+    checks = manifest["passes"][1]["checks"]  # 14 of 16 windows, one and a half times, 4 in a step
+    assert [step for step, _ in checks] == [0, 1, 2, 3, 4, 5] and min(kl for _, kl in checks) < checks[0][1]
+    assert "The closing step" in (whole / "report.html").read_text()
     assert set(manifest["source"]["files"]) == {"model.safetensors"}
     assert (whole / "report.html").read_text().startswith("<!doctype html>")
 
@@ -57,7 +61,7 @@ def test_the_artefact_loads_into_the_program_that_was_rounded(whole):
         assert (grid.bits, grid.group) == ((8, -1) if node.block is None else (3, 32))
 
 
-@pytest.mark.parametrize("after", ["FlexRound 1", "FlexRound 2", "round to nearest 1", "write 0"])
+@pytest.mark.parametrize("after", ["FlexRound 1", "FlexRound 2", "tune scales 3", "round to nearest 1", "write 0"])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(whole, tiny_llama, tmp_path, after):
     out = tmp_path / "out"
     code = SCRIPT.replace("{options}", repr(OPTIONS))

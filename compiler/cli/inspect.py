@@ -75,7 +75,8 @@ def program_facts(target: str) -> dict[str, Any]:
         dtype = str(getattr(parameter, "dtype", "")).removeprefix("torch.")
         said = str(grid) if grid else dtype
         if node.params["weight"] in rounded:
-            said += f", activations {rounded[node.params['weight']]} per token"
+            kind, _, static = rounded[node.params["weight"]].partition("-")
+            said += f", activations {kind} per {'tensor' if static else 'token'}"
         rows.append({"name": node.name, "shape": list(parameter.shape), "grid": said})
     source = program.source
     files = {path.relative_to(source.directory).as_posix(): path.stat().st_size for path in source.weights}

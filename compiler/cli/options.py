@@ -149,9 +149,10 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--activations",
-                type=click.Choice(["int8", "fp8"]),
+                type=click.Choice(["int8", "fp8", "int8-static"]),
                 help="Round what the linears of the blocks read too, per token while the model runs; fp8 goes with at "
-                "most 4 bits a weight.  [default: they stay in float]",
+                "most 4 bits a weight. int8-static: on one grid for all tokens, found on the calibration text.  "
+                "[default: they stay in float]",
             ),
             click.option(
                 "--method",
@@ -165,8 +166,8 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["fast", "default", "best", "paper"]),
                 default="default",
                 show_default=True,
-                help="How long FlexRound learns, in optimiser steps a block: fast 60, default 200, best 1000, paper "
-                "5000 (with the publication's other settings too).",
+                help="How long FlexRound learns, in optimiser steps a block: fast 20, default 120 and best 1000 "
+                "with a closing step; paper 5000 (with the publication's other settings too).",
             ),
             click.option(
                 "--dataset",

@@ -41,10 +41,10 @@ def grid_options(
         if bits is not None and bits != int(match[1]):
             raise TpvcError(f"--scheme {scheme} and --bits {bits} contradict each other; give one of them")
         kind = ACTIVATIONS[match[2].upper()]
-        if activations is not None and activations != kind:
+        if activations is not None and activations.removesuffix("-static") != kind:
             typed = f"--activations {activations}"
             raise TpvcError(f"--scheme {scheme} and {typed} contradict each other; give one of them")
-        activations, named = kind, match[3] is None
+        activations, named = activations or kind, match[3] is None
         if symmetric is not None and symmetric != named:
             typed = "--sym" if symmetric else "--asym"
             raise TpvcError(f"--scheme {scheme} and {typed} contradict each other; give one of them")
@@ -68,6 +68,7 @@ Examples:
   tpvc quantize ./Qwen2.5-0.5B -o qwen-w3 --bits 3 --group-size 64 --recipe best
   tpvc quantize model.gguf -o out --bits 4 --group-size -1 --dataset my_texts.jsonl
   tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8      activations in int8, per token
+  tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8 --activations int8-static    per tensor
   tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
   tpvc quantize MODEL -o out --road a=./a --road b=./b   one integer base under two adapters
   tpvc quantize MODEL -o out --road a=./a --fold         one adapter, in the integers
@@ -138,6 +139,9 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
     if blocks:
         rtn, now = (sum(b[k] for b in blocks) / len(blocks) for k in ("error_rtn", "error"))
         show(f"  error     {now:.4g} of a block's output on average; round-to-nearest {rtn:.4g}")
+    if closing := next((p["checks"] for p in manifest.get("passes", []) if p.get("checks")), None):
+        least = min(kl for _, kl in closing)
+        show(f"  closing   {closing[0][1]:.4g} to {least:.4g} nats a token between its logits and the float model's")
     for adapter in manifest.get("adapters", []):
         show(f"  adapter   {adapter['name']}: tpvc run {out} --adapter {adapter['name']}", markup=False)
     for task in manifest.get("prompts", []):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from tpvc.compiler.compressed_tensors_format import ACTIVATIONS
+from tpvc.compiler.compressed_tensors_format import ACTIVATIONS, INPUT_PARTS
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import integer_weights, packed_weights
 from tpvc.compiler.frontends.architecture import Architecture, architecture
 from tpvc.compiler.frontends.fields import token_ids
-from tpvc.compiler.frontends.integer_weights import PARTS, Quantization, Scheme, quantization
+from tpvc.compiler.frontends.integer_weights import PARTS, STATIC, Quantization, Scheme, input_grid, quantization
 from tpvc.compiler.frontends.packed_weights import Packed, Packing
 from tpvc.compiler.frontends.weights import FLOATS, Stored, read_json, same, tensors
 from tpvc.compiler.program import Facts, Lazy, Program, Source
@@ -44,7 +44,7 @@ def load(directory: Path, name: str) -> Program:
     weights = tuple(sorted({t.path for t in found.values()}))
     program = Program(drawn.nodes, params, facts, Source(name, directory, config, weights))
     schemes = {n: _scheme(n, parts[n], drawn, scheme) for n in params}
-    return _with_rounded_rows(_in_order(program, parts, schemes), schemes)
+    return _with_rounded_inputs(_in_order(program, parts, schemes), schemes, parts)
 
 
 def _in_order(program: Program, parts: Mapping[str, dict], schemes: Mapping[str, Scheme | Packed | None]) -> Program:
@@ -73,13 +73,16 @@ def _with_settings(config: dict, directory: Path) -> dict:
     return config
 
 
-def _with_rounded_rows(program: Program, schemes: Mapping[str, Scheme | Packed | None]) -> Program:
+def _with_rounded_inputs(
+    program: Program, schemes: Mapping[str, Scheme | Packed | None], parts: Mapping[str, dict]
+) -> Program:
     """What linears read is rounded where the checkpoint says so."""
     from tpvc.passes.round_activations import RoundActivations
 
     for kind in ACTIVATIONS:
         named = frozenset(name for name, scheme in schemes.items() if scheme is not None and scheme.activations == kind)
-        program = RoundActivations(kind, named)(program) if named else program
+        grids = {name: input_grid(name, parts[name], schemes[name]) for name in named} if kind == STATIC else None
+        program = RoundActivations(kind, named, grids)(program) if named else program
     return program
 
 
@@ -116,7 +119,7 @@ def _by_parameter(found: Mapping[str, Stored], drawn: Architecture, directory: P
 def _split(key: str) -> tuple[str, str]:
     """("m.weight", "packed") of "m.weight_packed"; ("m.weight", "scales") of "m.scales"; ("m.weight", "") of itself."""
     module, _, last = key.rpartition(".")
-    if last in packed_weights.PARTS:
+    if last in packed_weights.PARTS or last in INPUT_PARTS:
         return f"{module}.weight", last
     for part in PARTS:
         if key.endswith(f".weight_{part}"):

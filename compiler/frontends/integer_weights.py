@@ -2,8 +2,9 @@
 
 The tensors are those of `compressed_tensors_format`: the formats "pack-quantized" and "int-quantized"; strategies
 tensor, channel, group, and block with blocks of one row (groups by another name); zero points packed or not.
-Activations are in float, or rounded to 8 bits per token while the model runs. Whatever else a `quantization_config` can
-say (scales of activations that are stored, transforms, sparsity, reordered columns) is refused.
+Activations are in float, rounded to 8 bits per token while the model runs, or in int8 on one stored grid for a module,
+with a zero point or without. Whatever else a `quantization_config` can say (transforms, sparsity, reordered columns) is
+refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpvc.compiler.compressed_tensors_format import ACTIVATIONS, EVERY_TOKEN, METHODS, from_tensors
+from tpvc.compiler.compressed_tensors_format import ACTIVATIONS, INPUT_PARTS, METHODS, from_tensors
 from tpvc.compiler.errors import TpvcError, short
 from tpvc.compiler.frontends import autoround, awq, gptq, patterns
 from tpvc.compiler.frontends.fields import Config
@@ -25,6 +26,9 @@ from tpvc.compiler.program import Grid, Lazy, QTensor
 FORMATS = {"pack-quantized": ("packed", "scale", "shape"), "int-quantized": ("", "scale")}
 """Format -> parts of a symmetric module: suffixes of `weight_`; "" is `weight` itself."""
 
+STATIC = "int8-static"
+INTACT = "use an intact copy of the checkpoint"
+
 PARTS = ("packed", "scale", "zero_point", "shape", "g_idx")
 """Suffixes of `weight_` that a file may hold."""
 
@@ -35,7 +39,8 @@ PACKINGS = {"gptq": gptq.packing, "awq": awq.packing} | dict.fromkeys(autoround.
 @dataclass(frozen=True)
 class Scheme:
     """One config group. `size`: columns that share a scale, None for a row ("channel") or the whole ("tensor");
-    `activations`: "int8", "fp8", or None for those in float."""
+    `activations`: a key of `ACTIVATIONS`, or None for those in float; `input_zero`: whether a static grid of theirs has
+    a zero point of its own."""
 
     format: str
     bits: int
@@ -43,6 +48,7 @@ class Scheme:
     strategy: str
     size: int | None
     activations: str | None = None
+    input_zero: bool = False
 
     def grid(self, columns: int) -> Grid:
         if self.strategy == "tensor":
@@ -114,8 +120,8 @@ def _quantization(given: Mapping[str, Any]) -> Quantization | Packing:
     for name, group in (given.get("config_groups") or {}).items():
         _check(not group.get("output_activations"), "quantises what linears yield")
         scheme = _scheme(name, group.get("format") or given.get("format"), group.get("weights") or {})
-        rows = _activations(name, group.get("input_activations"))
-        groups.append((_targets(group.get("targets")), replace(scheme, activations=rows)))
+        rows, zero = _activations(name, group.get("input_activations"))
+        groups.append((_targets(group.get("targets")), replace(scheme, activations=rows, input_zero=zero)))
     _check(bool(groups), "has no config_groups")
     found = Quantization(tuple(groups), _targets(given.get("ignore")))
     every = [t for targets, _ in groups for t in targets] + list(found.ignore)
@@ -134,7 +140,8 @@ def _check(fact: bool, text: str) -> None:
     if not fact:
         raise TpvcError(
             f"the checkpoint's quantization_config {text}, which is not supported; supported: integer weights in the"
-            f" formats {', '.join(FORMATS)}, activations in float or rounded to 8 bits per token while the model runs"
+            f" formats {', '.join(FORMATS)}, activations in float, rounded to 8 bits per token while the model runs or"
+            " in int8 per tensor"
         )
 
 
@@ -156,16 +163,35 @@ def _scheme(name: str, form: Any, weights: Mapping[str, Any]) -> Scheme:
     return Scheme(form, bits, bool(weights.get("symmetric", True)), strategy, size)
 
 
-def _activations(name: str, given: Mapping[str, Any] | None) -> str | None:
-    """How a group rounds what its modules read; a missing key has compressed-tensors' default."""
+def _activations(name: str, given: Mapping[str, Any] | None) -> tuple[str | None, bool]:
+    """(how a group rounds what its modules read, whether on a grid with a zero point); a missing key has
+    compressed-tensors' default."""
     if not given:
-        return None
+        return None, False
     said = {"num_bits": 8, "symmetric": True, "dynamic": False, "type": "int", "strategy": None} | dict(given)
+    if said["strategy"] is None and not said.get("group_size"):
+        said["strategy"] = "tensor"
     for kind, own in ACTIVATIONS.items():
-        if all(said[key] == value for key, value in (EVERY_TOKEN | own).items()):
-            return kind
+        loose = kind == STATIC and isinstance(said["symmetric"], bool)
+        if all(said[key] == value for key, value in own.items() if not (loose and key == "symmetric")):
+            return kind, kind == STATIC and not said["symmetric"]
     found = ", ".join(f"{key} {said[key]}" for key in ("num_bits", "type", "symmetric", "strategy", "dynamic"))
     _check(False, f"rounds activations in {name} with {found}")
+
+
+def input_grid(name: str, parts: Mapping[str, Stored], scheme: Scheme) -> tuple[float, int]:
+    """(scale, zero point) of what the linear of the matrix `name` reads. Reads these two numbers."""
+    expected = INPUT_PARTS if scheme.input_zero or INPUT_PARTS[1] in parts else INPUT_PARTS[:1]
+    for part, dtypes in zip(expected, (FLOATS, ("I8",)), strict=False):
+        if part not in parts:
+            raise TpvcError(f"'{name}' is to read activations in int8 per tensor, but lacks '{part}'; {INTACT}")
+        if parts[part].dtype not in dtypes or parts[part].shape not in ((), (1,)):
+            found = f"{parts[part].dtype} {list(parts[part].shape)}"
+            raise TpvcError(f"tensor '{parts[part].name}' is {found}; expected one number of {', '.join(dtypes)}")
+    scale, zero = (parts[part].read().item() if part in expected else 0 for part in INPUT_PARTS)
+    if not scale > 0 or (zero and not scheme.input_zero):
+        raise TpvcError(f"'{name}' reads activations with the scale {scale:g} and zero point {zero}; {INTACT}")
+    return scale, zero
 
 
 def parameter(name: str, parts: Mapping[str, Stored], shape: tuple[int, ...], scheme: Scheme) -> Lazy:
@@ -176,7 +202,7 @@ def parameter(name: str, parts: Mapping[str, Stored], shape: tuple[int, ...], sc
     if columns % size:
         raise TpvcError(f"'{name}' has {columns} columns in groups of {size}; expected a whole number of groups")
     expected = FORMATS[scheme.format] + (() if grid.symmetric else ("zero_point",))
-    if set(parts) != set(expected):
+    if set(parts) - set(INPUT_PARTS if scheme.activations == STATIC else ()) != set(expected):
         raise TpvcError(f"'{name}' ({scheme.format}, {grid}) is stored as {_keys(parts)}; expected {_keys(expected)}")
     scales = [(1,), (1, 1)] if grid.group == 0 else [(rows, columns // size)]
     allowed = {
@@ -212,4 +238,4 @@ def parameter(name: str, parts: Mapping[str, Stored], shape: tuple[int, ...], sc
 
 
 def _keys(parts: Sequence[str] | Mapping[str, Stored]) -> str:
-    return ", ".join(f"weight_{p}" if p else "weight" for p in sorted(parts))
+    return ", ".join(p if p in INPUT_PARTS else f"weight_{p}" if p else "weight" for p in sorted(parts))

@@ -100,10 +100,10 @@ def imagine(parameter: Lazy, grid: Grid | None = None) -> Lazy:
 
     def read() -> torch.Tensor | QTensor:
         if grid is None:
-            return torch.empty(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype)
         scales = (1, 1) if grid.group == 0 else (shape[0], shape[1] // grid.columns(shape[1]))
-        zero = None if grid.symmetric else torch.empty(scales, dtype=torch.uint8)
-        return QTensor(torch.empty(shape, dtype=torch.uint8), torch.empty(scales), zero, grid, dtype)
+        zero = None if grid.symmetric else torch.zeros(scales, dtype=torch.uint8)
+        return QTensor(torch.zeros(shape, dtype=torch.uint8), torch.zeros(scales), zero, grid, dtype)
 
     return Lazy(shape, dtype, read, grid)
 

@@ -18,10 +18,11 @@ from tpvc.compiler.compressed_tensors_format import Form, entries
 from tpvc.compiler.interpret import from_files, in_memory, logits
 from tpvc.compiler.pipeline import Job, scale_dtype
 from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weights
-from tpvc.compiler.program import Grid, Lazy, Program, QTensor, read
+from tpvc.compiler.program import Grid, Lazy, Program, QTensor, linears, read
 from tpvc.compiler.sample import HELD, batch_size
-from tpvc.passes.flexround import FlexRound
+from tpvc.passes.flexround import FlexRound, held_out
 from tpvc.passes.round_to_nearest import RoundToNearest
+from tpvc.passes.tune_scales import TuneScales
 
 BLOCKS = 2
 
@@ -35,13 +36,20 @@ class Peak:
 
 
 class Nowhere:
-    """A store of blocks that keeps nothing: as `BlockStore` where no run was before."""
+    """A store of blocks that keeps nothing but shapes: as `BlockStore` where no run was before."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, torch.Size] = {}
 
     def finished(self, block: int) -> None:
         return None
 
+    def streams(self, block: int) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+
     def save(self, index: int, params: Mapping[str, QTensor], record: dict, streams: dict | None) -> dict[str, Lazy]:
         """Makes what a block's file is written from."""
+        self.shapes = {name: t.shape for name, t in (streams or {}).items()}
         for q in params.values():
             _ = [torch.empty(s, dtype=d) for d, s in entries(q.shape, q.grid, q.scale_dtype, Form()).values()]
         return {name: imagine(Lazy(q.shape, q.scale_dtype, q.dequantize, q.grid)) for name, q in params.items()}
@@ -59,7 +67,7 @@ def quantising(
             read(parameter)
         if method == "flexround" and sampled:
             _sample(program, sampled, job.seqlen)
-        _round(cut(program), job, method, nsamples, head_bits, seed, device)
+        _round(program, job, method, nsamples, head_bits, seed, device)
         return _peak(counter)
 
 
@@ -68,15 +76,33 @@ def _peak(counter: Counter) -> Peak:
 
 
 def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: int, seed: int, device: str) -> None:
-    dtype, store = scale_dtype(job.source), Nowhere()
+    dtype, store, few = scale_dtype(job.source), Nowhere(), cut(program)
     if method == "flexround":
         windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
         recipe = replace(job.recipe, steps=min(2, job.recipe.steps))  # the second one has the state of the first
-        FlexRound(job.grid, recipe, windows, store, seed, dtype, device)(program)
+        rounded = FlexRound(job.grid, recipe, windows, store, seed, dtype, device)(few)
+        if recipe.rounds:
+            more = program.blocks - few.blocks
+            each = _closing(few, job.grid, job.seqlen * recipe.batch)
+            _others = [torch.empty(each, dtype=torch.uint8, device=device) for _ in range(more)]
+            held = held_out(recipe, nsamples)
+            rounds = 2 * recipe.batch / (nsamples - held)
+            how = rounds, recipe.batch, recipe.lr_rounds, held
+            TuneScales(*how, windows, store, Nowhere(), seed, device)(rounded)
     else:
-        RoundToNearest(job.grid, store, scale_dtype=dtype)(program)
+        RoundToNearest(job.grid, store, scale_dtype=dtype)(few)
     if head_bits != 16:
-        RoundToNearest(Grid(head_bits, -1, True), store, "epilogue", dtype)(program)
+        RoundToNearest(Grid(head_bits, -1, True), store, "epilogue", dtype)(few)
+
+
+def _closing(program: Program, grid: Grid, tokens: int) -> int:
+    """Bytes that one more block adds to the closing step: its codes; for every scale itself, its zero point, its factor
+    and that one's gradient, moments and best; what enters it, for a batch of so many tokens."""
+    total = 4 * tokens * program.facts.hidden_size
+    for node in linears(program.block(0)):
+        rows, columns = program.params[node.params["weight"]].shape
+        total += rows * columns + (25 * rows * columns // grid.columns(columns) if grid.group else 25)
+    return total
 
 
 def cut(program: Program, blocks: int = BLOCKS) -> Program:

@@ -33,6 +33,7 @@ class Probe:
     text        seconds that tokenizing the calibration text took
     step, batch, search   seconds of an optimiser step, of a forward pass of AT_ONCE windows, of the search of all grids
                 of a block; None where nothing was timed
+    closing     seconds of all steps of the closing step (passes/tune_scales.py)
     number      seconds of rounding a number to nearest
     """
 
@@ -43,6 +44,7 @@ class Probe:
     step: float | None
     batch: float | None
     search: float | None
+    closing: float | None
     number: float | None
 
 
@@ -66,7 +68,7 @@ def seconds(found: Probe, blocks: int, steps: int, windows: int, held: int, insi
         return (inside + outside) * found.number
     batches = (2 * windows + (windows - held)) / AT_ONCE_WINDOWS + 3 * max(held, AT_ONCE_WINDOWS) / AT_ONCE_WINDOWS
     block = steps * found.step + math.ceil(batches) * found.batch + found.search
-    return found.text + blocks * block + outside * found.number
+    return found.text + blocks * block + found.closing + outside * found.number
 
 
 AT_ONCE_WINDOWS = 8
@@ -79,8 +81,10 @@ def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: s
     from tpvc.compiler.calibration import text_windows
     from tpvc.compiler.freed import give_back
     from tpvc.compiler.pipeline import prepare, scale_dtype
+    from tpvc.passes.static_inputs import with_any_grids
 
     made = prepare(**job)
+    made = replace(made, program=with_any_grids(made.program))
     tokenizer = frontends.tokenizer(made.program)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -91,14 +95,15 @@ def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: s
         windows, *_ = text_windows(made.program, tokenizer, dataset, nsamples, made.seqlen)
         sampled = nsamples - len(windows)
     text = time.perf_counter() - began
-    step = batch = search = number = None
+    step = batch = search = closing = number = None
     if timed:
         with torch.no_grad():
             number = _rounding(made, scale_dtype(made.source))
             if learned:
                 step, batch, search = _learning(made, scale_dtype(made.source), seed, device)
+                closing = _closing(made, nsamples, device) if made.recipe.rounds else 0.0
     give_back()
-    return Probe(_resident(), size, sampled, text, step, batch, search, number)
+    return Probe(_resident(), size, sampled, text, step, batch, search, closing, number)
 
 
 def _rounding(made: Any, dtype: Any) -> float:
@@ -150,6 +155,38 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
     first = learn(1)
     step = first if first > 5 else (learn(4) - learn(1)) / 3
     return step, batch, searched
+
+
+def _closing(made: Any, nsamples: int, device: str) -> float:
+    """Seconds of the closing step: what one step takes with one block and with two says what it takes with all."""
+    import torch
+
+    from tpvc.compiler.ops import OPS
+    from tpvc.compiler.plan.memory import cut
+    from tpvc.compiler.program import linears
+    from tpvc.compiler.quick import QUICK
+    from tpvc.passes.block import spread
+    from tpvc.passes.flexround import held_out
+    from tpvc.passes.round_to_nearest import quantize
+    from tpvc.passes.tune_scales import Tunable, TuneScales
+
+    recipe, program = made.recipe, _random(cut(made.program))
+    names = [n.params["weight"] for n in linears(n for n in program.nodes if n.block is not None)]
+    program = program.with_params({n: quantize(program.params[n].read(), made.grid) for n in names})
+    x = torch.randn(recipe.batch, made.seqlen, program.facts.hidden_size)
+    ids, ops = spread(len(x), len(program.adapters)), QUICK if made.grid.bits <= 4 else OPS
+
+    def step(blocks: int) -> float:
+        model = Tunable.of(cut(program, blocks), device)
+        with torch.enable_grad():
+            return _seconds(lambda: model.divergence(x, x, ids, ops).backward())
+
+    one = step(1)
+    whole = one + (made.program.blocks - 1) * max(0.0, step(2) - one)
+    held = held_out(recipe, nsamples)
+    schedule = TuneScales(recipe.rounds, recipe.batch, recipe.lr_rounds, held, range(nsamples), None, None).schedule
+    judged = (1 + schedule.steps / schedule.stretch) * held / recipe.batch / 4  # of a step's four passes one
+    return (schedule.steps + judged) * whole
 
 
 def _random(program: Any) -> Any:

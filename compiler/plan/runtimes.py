@@ -157,9 +157,10 @@ def _vllm_kernel(m: Matrix, own: Sequence[Matrix]) -> tuple[str, str, str | None
     bits, group, symmetric = m.grid.bits, m.grid.group, m.grid.symmetric
     if group == 0:
         return NO, "one scale per tensor, which its weight-only kernels do not take", "--group-size -1"
-    if m.rows == "int8":
+    if m.rows in ("int8", "int8-static"):
         if bits == 8 and group == -1 and symmetric:
-            return YES, "CUTLASS, int8", None
+            static = " on a static grid with a zero point" if m.rows == "int8-static" else ""
+            return YES, f"CUTLASS, int8{static}", None
         if bits == 8:
             return NO, f"no kernel for {m.grid} with int8 activations", "--group-size -1 --sym"
         return (
@@ -252,6 +253,7 @@ def _triton(program: Program, targets: Sequence[Target]) -> Iterator[Verdict]:
     count, why = _written(lambda: triton_bytes(program, dtype))
     if count is None:
         change = "--group-size 32, 64, 128 or -1" if "groups of" in why else None
+        change = "--activations int8" if "on one grid" in why else change
         yield Verdict("Triton", "triton", NO, why, change)
         return
     answers: dict[tuple[str, str, str | None], list[str]] = defaultdict(list)

@@ -24,7 +24,7 @@ import torch
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import Program, folded_tokens
+from tpvc.compiler.program import ROUNDERS, Program, folded_tokens
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 TOKENS = 24
@@ -64,7 +64,7 @@ class Expected:
                 sums += math.sqrt(self.program.facts.head_dim) + math.sqrt(len(self.ids))
             else:
                 sums += 1
-            rounded += ROUNDING[dtype] ** 2 if node.op != "round_rows" else 2.0**-14
+            rounded += ROUNDING[dtype] ** 2 if node.op not in ROUNDERS else 2.0**-14
         return (2 * sums * 2.0**-24 + 4 * math.sqrt(rounded)) * self.logits.abs().max().item()
 
     def check(self, found: torch.Tensor, target: str, runtime: str, dtype: torch.dtype = torch.float32) -> Said:

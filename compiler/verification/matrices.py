@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Program, QTensor, bank_params, dense, linears, read
+from tpvc.compiler.program import Program, QTensor, bank_params, dense, input_grids, linears, read
 from tpvc.compiler.progress import Progress
 from tpvc.passes.reorder import orders
 
@@ -65,6 +65,13 @@ def of_program(program: Program, wanted: Program) -> Found:
     for name in sorted({*order_here, *order_there}):
         if order_here.get(name) != order_there.get(name):
             raise TpvcError(f"the columns of '{name}' are in groups by activation order in one and not so in the other")
+    grids_here, grids_there = input_grids(wanted), input_grids(program)
+    for name in sorted({*grids_here, *grids_there}):
+        if grids_here.get(name) != grids_there.get(name):
+            ours, theirs = (g.get(name, "no static grid") for g in (grids_here, grids_there))
+            raise TpvcError(
+                f"what '{name}' reads is rounded on (scale, zero point) {ours} in one, {theirs} in the other"
+            )
     for name in names(wanted):
         if name in there:
             yield name, lambda name=name: read(program.params[name])

@@ -46,6 +46,9 @@ def read(folder: Path, program: Program) -> Found:
     stacked = dict(_stacks(file, program, integers))
     for node in (n for n in program.nodes if n.op == "reorder" and f"{n.name}.order" in file):
         _check_equal(file, f"{node.name}.order", file.array(f"{node.name}.order"), np.array(node.attrs["order"]))
+    for node in (n for n in program.nodes if n.op == "round_tensor"):
+        for part, kind in (("scale", np.float32), ("zero", np.int8)):
+            _check_equal(file, f"{node.name}.{part}", file.array(f"{node.name}.{part}"), kind(node.attrs[part]))
     for name in names(program):
         grid, shape = grid_of(program.params[name]), tuple(program.params[name].shape)
         if name in stacked:

@@ -1,13 +1,15 @@
 """From `tpvc quantize --scheme W8A8` to what inspects, measures, exports and runs it."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tpvc.compiler import frontends
 from tpvc.compiler.backends import triton
-from tpvc.compiler.program import read, rounded_inputs
+from tpvc.compiler.program import read, rounded_inputs, sha256
 from tpvc.kernels import package
 
 TEXT = "The quick brown"
@@ -61,10 +63,48 @@ def test_learned_under_rounded_activations_and_an_adapter(ok, tiny_llama, write_
     a, b = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes()
     manifest = json.loads((tmp_path / "a/tpvc.json").read_text())
-    assert [p["name"] for p in manifest["passes"]] == ["RoundActivations", "BankRoad", "FlexRound", "RoundToNearest"]
+    passes = ["RoundActivations", "BankRoad", "FlexRound"]
+    assert [p["name"] for p in manifest["passes"]] == [*passes, "RoundToNearest"]
     assert all(r["error"] <= r["error_rtn"] for r in manifest["blocks"])
     program = frontends.load(tmp_path / "a")
     assert len(rounded_inputs(program)) == 14 and [x.name for x in program.adapters] == ["own"]
+
+
+@pytest.fixture(scope="module")
+def static(ok, tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("artefacts") / "static"
+    given = ("--scheme", "W8A8", "--activations", "int8-static", "--method", "rtn", "--nsamples", 16, "--seqlen", 16)
+    ok("quantize", tiny_llama, "-o", out, *given)
+    return out
+
+
+def test_on_static_grids_it_is_inspected_exported_verified_and_run(ok, refused, static, tmp_path):
+    manifest = json.loads((static / "tpvc.json").read_text())
+    assert manifest["options"]["activations"] == "int8-static" and manifest["calibration"]["nsamples"] == 16
+    names = ["RoundActivations", "RoundToNearest", "StaticInputs", "RoundToNearest"]
+    assert [p["name"] for p in manifest["passes"]] == names
+    assert ok("inspect", static)["grids"]["W8 per channel symmetric, activations int8 per tensor"] > 0
+    ok("export", static, "-o", tmp_path / "onnx", "--accuracy-level", 0, "--portable")
+    ok("export", static, "-o", tmp_path / "vllm", "--to", "vllm")
+    ok("verify", static, tmp_path / "onnx", tmp_path / "vllm")
+    ours, theirs = (ok("run", x, TEXT, "--raw", "--max-new-tokens", 4)["tokens"] for x in (static, tmp_path / "onnx"))
+    assert ours == theirs
+    said = refused("export", static, "-o", tmp_path / "gpu", "--to", "triton", "--target", "cuda:80")
+    assert "on one grid for all tokens" in said and "--activations int8" in said
+    assert "int8-static" in refused("export", static, "-o", tmp_path / "awq", "--to", "awq")
+
+
+def test_another_static_grid_is_another_model(ok, refused, static, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(static, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.input_zero_point"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    manifest = json.loads((other / "tpvc.json").read_text())
+    manifest["files"]["model.safetensors"] = sha256(other / "model.safetensors")
+    (other / "tpvc.json").write_text(json.dumps(manifest))
+    said = refused("verify", static, other)
+    assert "'model.layers.1.mlp.down_proj.weight' reads is rounded on (scale, zero point)" in said
 
 
 def test_it_is_measured_and_run(ok, w8a8, tiny_llama):

@@ -224,7 +224,7 @@ def test_a_tied_head_of_integers(tmp_path, home):
         (lambda q: q.update(transform_config={"config_groups": {"u": {}}}), "transform_config"),
         (lambda q: q.update(sparsity_config={"format": "sparse-bitmask"}), "sparse"),
         (lambda q: q.update(config_groups={}), "no config_groups"),
-        (lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "dynamic False"),
+        (lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "lacks 'input_scale'"),
         (
             lambda q: q["config_groups"]["group_0"].update(input_activations=ROWS | {"strategy": "tensor"}),
             "strategy tensor",

@@ -130,6 +130,11 @@ def quantised(work: Path) -> list[Tree]:
     rows = RoundActivations("int8", names)(rounded(model, Grid(8, -1, True)))
     huggingface.emit(rows, work / "q-rows", None, {})
     found.append({n: d for n, d in tree_of(work / "q-rows").items() if n in ("config.json", "model.safetensors")})
+    whole = RoundActivations("int8-static", names, dict.fromkeys(names, (0.0625, -3)))(
+        rounded(model, Grid(8, -1, True))
+    )
+    huggingface.emit(whole, work / "q-static", None, {})
+    found.append({n: d for n, d in tree_of(work / "q-static").items() if n in ("config.json", "model.safetensors")})
     gptq = next(t for t in found if b'"gptq"' in t["config.json"])
     told = json.loads(gptq["config.json"])
     settings = told.pop("quantization_config")

@@ -8,7 +8,6 @@ import torch
 from tpvc.compiler import interpret
 from tpvc.compiler.adapters.road import Road, Rotation
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.program import Grid, Program, QTensor, linears, read
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
@@ -17,41 +16,8 @@ from tpvc.passes.block import Block, embedded, spread
 from tpvc.passes.flexround import RECIPES, FlexRound
 from tpvc.passes.round_to_nearest import RoundToNearest, quantize
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "rope_theta": 10000.0,
-}
 GRID = Grid(3, 16, False)
 RECIPE = replace(RECIPES["default"], steps=60, lr=4e-3, lr_scale=2e-3, held_out=4)
-
-
-def model() -> Program:
-    """Three blocks with correlated features, so that rounding errors can be made to cancel."""
-    draw = torch.Generator().manual_seed(0)
-    made = architecture(CONFIG)
-    shapes = {}
-    for node in made.nodes:
-        for role, name in node.params.items():
-            shapes[name] = (node.op, role)
-    sizes = {"embed_tokens": (96, 32), "q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
-    sizes |= {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64), "norm": (32,)}
-    params = {}
-    for name in shapes:
-        size = next(s for key, s in sizes.items() if name.split(".")[-2].endswith(key))
-        params[name] = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=draw) * size[-1] ** -0.5
-    return verify(Program(made.nodes, params, made.facts))
 
 
 def windows(count=40, length=16) -> torch.Tensor:
@@ -76,8 +42,8 @@ def same(a: dict[str, QTensor], b: dict[str, QTensor]) -> bool:
 
 
 @pytest.fixture
-def program() -> Program:
-    return model()
+def program(small_llama) -> Program:
+    return small_llama
 
 
 def records(path, program) -> list[dict]:

@@ -179,7 +179,7 @@ def test_nearest_rounds_the_same_codes(tmp_path):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(TpvcError, match="'int4'; expected int8 or fp8"):
+    with pytest.raises(TpvcError, match="'int4'; expected int8, fp8 or int8-static"):
         RoundActivations("int4")(model())
     program = RoundActivations("int8")(model())
     nodes = tuple(replace(n, attrs={"kind": "int4"}) if n.op == "round_rows" else n for n in program.nodes)

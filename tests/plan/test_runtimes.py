@@ -29,7 +29,7 @@ def real(program):
     return program.with_params(made)
 
 
-OPTIONS = list(itertools.product((2, 3, 4, 5, 8), (-1, 8, 32, 64), (True, False), (None, "int8")))
+OPTIONS = list(itertools.product((2, 3, 4, 5, 8), (-1, 8, 32, 64), (True, False), (None, "int8", "int8-static")))
 
 
 @pytest.mark.parametrize("bits,group,symmetric,activations", OPTIONS)
@@ -64,6 +64,8 @@ def test_vllm(headers, imagine_all):
     assert vllm(4, 16, True, hidden_size=64, intermediate_size=192).change == "--group-size 64"
     assert vllm(3, 64, True).loads == vllm(8, 64, False).loads == "perhaps"
     assert vllm(8, -1, True, activations="int8").loads == "yes"
+    static = vllm(8, -1, True, activations="int8-static")
+    assert static.loads == "yes" and static.path == "CUTLASS, int8 on a static grid with a zero point"
     assert vllm(8, -1, False, activations="int8").change == "--group-size -1 --sym"
     assert vllm(4, 128, True, activations="fp8").path.startswith("CUTLASS W4A8 on Hopper")
     assert vllm(4, 64, True, activations="fp8").loads == "no"

@@ -16,6 +16,7 @@ from tpvc.compiler.program import (
     QTensor,
     bank_params,
     grid_of,
+    input_grids,
     linears,
     read,
     rounded_inputs,
@@ -51,15 +52,15 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
             readers.setdefault(name, set()).add(node.op)
 
     pieces, modules, notes = [], {}, []
-    beside, rounded = bank_params(program), rounded_inputs(program)
+    beside, rounded, inputs = bank_params(program), rounded_inputs(program), input_grids(program)
     for name, param in program.params.items():
         if name in beside:
             continue
         module, grid = name.removesuffix(".weight"), grid_of(param)
         embeds, tied = "embed" in readers.get(name, ()), {"embed", "linear"} <= readers.get(name, set())
         rows = rounded.get(name)
-        packed = not embeds and (rows != "int8" or (grid is not None and grid.bits < 8))
-        form = Form(packed, packed_zeros=runtime == "vllm" and packed, activations=rows)
+        packed = not embeds and (rows in (None, "fp8") or (grid is not None and grid.bits < 8))
+        form = Form(packed, runtime == "vllm" and packed, rows, inputs.get(name))
         if rows is not None and (grid is None or embeds):
             what = "is in float" if grid is None else "is also an embedding"
             raise TpvcError(

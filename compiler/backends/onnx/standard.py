@@ -132,6 +132,15 @@ def round_rows(c: Context, node: Node) -> ir.Value:
     return g.op("Mul", codes, scale, name=name)
 
 
+def round_tensor(c: Context, node: Node) -> ir.Value:
+    """QuantizeLinear and DequantizeLinear on one grid."""
+    g, name = c.graph, node.name
+    scale, zero = g.weight(f"{name}.scale", np.float32(node.attrs["scale"])), np.int8(node.attrs["zero"])
+    grid = scale, g.weight(f"{name}.zero", zero)
+    codes = g.op("QuantizeLinear", value_of(c, node.inputs[0]), *grid, name=name)
+    return g.op("DequantizeLinear", codes, *grid, name=name)
+
+
 def rms_norm(c: Context, node: Node) -> ir.Value:
     weight = c.vector(node.params["weight"], float(node.attrs.get("plus_one", False)))
 
@@ -403,6 +412,7 @@ STANDARD: dict[str, Lower] = {
     "linear": linear,
     "reorder": reorder,
     "round_rows": round_rows,
+    "round_tensor": round_tensor,
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
     "rope": rope,

@@ -68,6 +68,11 @@ def steps(program: Program) -> tuple[Step, ...]:
                 gone.add(rotate.name)
                 params = {**node.params, **rotate.params}
                 made.append(Step("linear", node.inputs[:1], (rotate.name,), params, dict(rotate.attrs)))
+            case "round_tensor":
+                raise TpvcError(
+                    f"'{node.name}' rounds activations on one grid for all tokens, the kernels take a scale for every"
+                    " token; quantise with --activations int8"
+                )
             case "add" if (norm := _norm_of(program, readers[node.name])) is not None:
                 gone.add(norm.name)
                 kind = {"kind": norm.op, **norm.attrs}

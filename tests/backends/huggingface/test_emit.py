@@ -13,7 +13,7 @@ from tpvc.compiler.backends.huggingface import emit
 from tpvc.compiler.backends.huggingface import stream as stream_file
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import huggingface as frontend
-from tpvc.compiler.program import Grid, QTensor, dense, linears, read, rounded_inputs
+from tpvc.compiler.program import ROUNDERS, Grid, QTensor, dense, input_grids, linears, read, rounded_inputs
 from tpvc.passes.round_activations import RoundActivations
 
 TOKENS = torch.arange(24)[None] % 61
@@ -378,9 +378,66 @@ def test_transformers_rounds_activations(kind, grid, form, tied, tmp_path):
 
 
 def without_rounding(program):
-    value = {n.name: n.inputs[0] for n in program.nodes if n.op == "round_rows"}
-    kept = (n for n in program.nodes if n.op != "round_rows")
+    value = {n.name: n.inputs[0] for n in program.nodes if n.op in ROUNDERS}
+    kept = (n for n in program.nodes if n.op not in ROUNDERS)
     return tuple(replace(n, inputs=tuple(value.get(v, v) for v in n.inputs)) for n in kept)
+
+
+STATIC_GRIDS = ((0.011, -7), (0.0625, 3))
+
+
+def on_static_grids(program):
+    """The program with its values in the blocks on one of two grids, in turn."""
+    program = RoundActivations("int8-static")(program)
+    kept, turn = [], 0
+    for node in program.nodes:
+        if node.op == "round_tensor":
+            scale, zero = STATIC_GRIDS[turn % 2]
+            turn, node = turn + 1, replace(node, attrs={"scale": torch.tensor(scale).item(), "zero": zero})
+        kept.append(node)
+    return replace(program, nodes=tuple(kept))
+
+
+@pytest.mark.parametrize("grid,form", [(Grid(8, -1, True), "int-quantized"), (Grid(4, 32, False), "pack-quantized")])
+@pytest.mark.parametrize("runtime", ["transformers", "vllm"])
+def test_transformers_rounds_activations_on_static_grids(grid, form, runtime, tmp_path):
+    """Where compressed-tensors adds the zero point before it rounds, and we after: a number may go to the other
+    neighbour where it lies half way. Otherwise every module yields the same of what it is given there.
+    """
+    program = on_static_grids(quantized(llama(tmp_path / "source", tied=True), grid, Grid(8, -1, True)))
+    emitted(program, tmp_path / "out", runtime=runtime)
+    if runtime == "transformers":
+        check_read_back(tmp_path / "out", program)
+    read_back = frontend.load(tmp_path / "out", "again")
+    assert input_grids(read_back) == input_grids(program) and len(input_grids(program)) == 14
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert [g["format"] for g in said if g["input_activations"]] == [form]
+    if runtime == "vllm" and not grid.symmetric:
+        return  # transformers does not read packed zero points
+
+    model, seen = loaded(tmp_path / "out"), {}
+    for name in input_grids(program):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_hook(lambda m, given, out, name=name: seen.update({name: (given[0], out)}))
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+    for name, (scale, zero) in input_grids(program).items():
+        x, out = seen[name]
+        weight = dense(program.params[name])
+        # at most 255 steps and the zero point, rounded to float32 four times
+        edge = ((x / scale).abs() % 1 - 0.5).abs() < 4 * 255 * 2**-24
+        ours = ops.round_tensor(x, scale=scale, zero=zero)
+        slack = 96 * 2**-24 * (ours.abs() @ weight.abs().T) + scale * (edge.float() @ weight.abs().T)
+        assert bool(((ours @ weight.T - out).abs() <= slack).all()), name
+    ours = interpret.logits(program, TOKENS)
+    cost = (ours - interpret.logits(replace(program, nodes=without_rounding(program)), TOKENS)).norm()
+    assert (logits - ours).norm() <= 0.2 * cost
+
+
+def test_a_scale_that_the_dtype_does_not_hold_is_refused(tmp_path):
+    program = quantized(llama(tmp_path / "source"), Grid(8, -1, True), scale_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"not exact in torch\.bfloat16"):
+        emitted(on_static_grids(program), tmp_path / "out")
 
 
 def test_rounded_activations_for_vllm(tmp_path):

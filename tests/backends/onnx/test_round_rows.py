@@ -1,5 +1,7 @@
 """Rounded activations in both graphs, against the interpreter."""
 
+from dataclasses import replace
+
 import onnx
 import pytest
 import torch
@@ -39,6 +41,28 @@ def test_both_graphs(family, kind, tiny, tmp_path):
     for directory in (tmp_path, tmp_path / "portable"):
         got, _ = tiny.step(tiny.session(directory), PROMPT, torch.ones(1, 12))
         assert rms(got - expected) <= limit
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_on_one_grid_for_all_tokens(family, portable, tiny, tmp_path):
+    """QuantizeLinear and DequantizeLinear, in both graphs."""
+    plain = tiny.build(family, KINDS["int8"][0], Grid(8, -1, True))
+    made = RoundActivations("int8-static")(plain)
+    grids = {
+        n.name: (0.01 + 0.005 * i, i % 7 - 3) for i, n in enumerate(n for n in made.nodes if n.op == "round_tensor")
+    }
+    told = (
+        dict(zip(("scale", "zero"), grids[n.name], strict=True)) if n.name in grids else n.attrs for n in made.nodes
+    )
+    program = replace(made, nodes=tuple(replace(n, attrs=a) for n, a in zip(made.nodes, told, strict=True)))
+    emit(program, tmp_path, None, accuracy_level=0, portable=True, all_logits=True)
+    expected = logits(program, PROMPT, weight=in_memory(program))
+    without = logits(plain, PROMPT, weight=in_memory(plain))
+    limit = allowance(tiny.tolerance(expected), expected, without, 127)
+    got, _ = tiny.step(tiny.session(tmp_path / "portable" if portable else tmp_path), PROMPT, torch.ones(1, 12))
+    assert rms(got - expected) <= limit
+    proto = onnx.load((tmp_path / "portable" if portable else tmp_path) / "model.onnx", load_external_data=False)
+    assert sum(n.op_type == "QuantizeLinear" for n in proto.graph.node) == len(grids)
 
 
 def test_it_stays_in_standard_operators(tiny, tmp_path):

@@ -1,0 +1,247 @@
+"""The closing step: tune all scales and norms end to end, with every integer fixed, until the logits are nearest to the
+float model's.
+
+Blocks are rounded one after another, and each makes up for the errors before it as well as its own weights can. What
+none of them sees is the output of the model. Here, over the calibration windows,
+
+    minimise  mean over tokens of KL(softmax(logits_float) || softmax(logits_rounded))
+
+by Adam, where the only numbers that move are factors: exp(t) on every scale of the block linears, and on every weight
+of every norm. The codes and zero points stay as they are, so the artefact takes no more space and no runtime notices.
+(EfficientQAT, arXiv 2407.11062, ends with the like, on the labels of a training set.)
+
+The float model's last stream is what block-wise rounding left, so that no float weight is needed again but the final
+norm's and the head's. Blocks are computed again in the backward pass: in memory are the codes (a byte a weight), the
+activations between blocks of one batch, and the weights of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tpvc.compiler import interpret
+from tpvc.compiler.ops import OPS, Op
+from tpvc.compiler.program import Program, QTensor, dense, read
+from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.quick import QUICK
+from tpvc.compiler.store import BlockStore
+from tpvc.compiler.tuning.loop import Schedule, descend
+from tpvc.compiler.verify import ports
+from tpvc.passes.block import behind_prompts, embedded, full_windows, spread
+from tpvc.passes.grid import storable
+
+NORMS = ("rms_norm", "layer_norm")
+
+
+WARMUP = 0.1
+"""Share of the steps on which the rate climbs."""
+
+
+@dataclass(frozen=True)
+class TuneScales:
+    """The pass: a Program whose blocks are rounded -> the same codes with other scales and norms.
+
+    rounds, batch, lr   how often every window is seen, windows a step, Adam's rate for the factors' logarithms
+    held_out            windows, the last ones, that no step sees; the state with the least divergence there is kept
+    windows             int64 [n, L] calibration tokens, those of block-wise rounding
+    blocks              where the blocks were rounded: it holds the float model's last stream
+    store               where this step keeps its state
+    """
+
+    rounds: float
+    batch: int
+    lr: float
+    held_out: int
+    windows: Tensor
+    blocks: BlockStore
+    store: BlockStore
+    seed: int = 0
+    device: str = "cpu"
+    progress: Progress = silent
+
+    @property
+    def schedule(self) -> Schedule:
+        steps = max(1, round(self.rounds * self._training / self.batch))
+        return Schedule(steps, self.batch, self.lr, WARMUP, self.seed, decay="cosine")
+
+    @property
+    def _training(self) -> int:
+        """How many windows, from the first, the optimiser may see."""
+        return len(self.windows) - self.held_out
+
+    @torch.enable_grad()
+    def __call__(self, program: Program) -> Program:
+        model = Tunable.of(program, self.device)
+        short = any(isinstance(v, QTensor) and v.grid.bits <= 4 for v in model.values.values())
+        ops = QUICK if short else OPS
+        data = Streams(program, self.windows, self.blocks)
+
+        def step(optimizer: torch.optim.Optimizer, indices: list[int], number: int) -> list[float]:
+            loss = model.divergence(*data.rows(indices), ops)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return [loss.item()]
+
+        @torch.no_grad()
+        def validate() -> list[float]:
+            held = torch.arange(self._training, len(self.windows)).split(self.batch)
+            total = sum(float(model.divergence(*data.rows(part.tolist()), ops)) * len(part) for part in held)
+            return [total / self.held_out]
+
+        lengths = [1] * self._training
+        judge = validate if self.held_out else None
+        tuned = descend(
+            model.factors, lengths, step, judge, self.schedule, self.store, stage="tune scales", progress=self.progress
+        )
+        with torch.no_grad():
+            for name, best in tuned.best.items():
+                model.factors[name].copy_(best)
+        return program.with_params(model.tuned())
+
+    def checks(self) -> list[list[float]]:
+        """[[step, KL on the held-out windows in nats a token], ...] of a finished run."""
+        units = -(-self.schedule.steps // self.schedule.stretch)
+        return self.store.finished(units)[1]["checks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """What enters the first block and what leaves the last one in float, made when a step first asks for them."""
+
+    program: Program
+    windows: Tensor
+    blocks: BlockStore
+
+    def rows(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(first, last, ids) of some windows."""
+        return self.first[indices], self.last[indices], self.ids[indices]
+
+    @cached_property
+    def ids(self) -> Tensor:
+        return spread(len(self.windows), len(self.program.adapters))
+
+    @cached_property
+    def first(self) -> Tensor:
+        return embedded(self.program, behind_prompts(self.windows, self.program), self.ids)
+
+    @cached_property
+    def last(self) -> Tensor:
+        return self.blocks.streams(self.program.blocks - 1)["exact"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tunable:
+    """What moves: one factor exp(t) for every scale and norm weight; t starts at 0, which changes nothing.
+
+    values   every parameter behind the embeddings
+    factors  {parameter: t}, float32 of the shape of the scale, or of the norm's weight
+    offset   {norm weight: 1} where the norm multiplies by weight + 1, else 0
+    """
+
+    program: Program
+    values: Mapping[str, Tensor | QTensor]
+    factors: Mapping[str, Tensor]
+    offset: Mapping[str, float]
+
+    @staticmethod
+    def of(program: Program, device: str) -> Tunable:
+        values, factors, offset = {}, {}, {}
+        for node in program.nodes[len(program.prologue) :]:
+            for role, name in node.params.items():
+                if name in values:
+                    continue
+                values[name] = value = _to(read(program.params[name]), device)
+                if isinstance(value, QTensor) and node.block is not None:
+                    factors[name] = torch.zeros_like(value.scale, requires_grad=True)
+                elif node.op in NORMS and role == "weight":
+                    factors[name] = torch.zeros_like(value, dtype=torch.float32, requires_grad=True)
+                    offset[name] = float(bool(node.attrs.get("plus_one")))
+        return Tunable(program, values, factors, offset)
+
+    def divergence(self, first: Tensor, exact: Tensor, ids: Tensor, ops: Mapping[str, Op] = OPS) -> Tensor:
+        """Mean over the tokens of some windows of KL(float || rounded), nats; differentiable in the factors.
+
+        first, exact  float32 [b, L, D]: what enters the first block, and what leaves the last one in float
+        ids           int64 [b]: the adapter of every window, -1 for none
+        """
+        program, ids = self.program, ids.to(self.device)
+        last = program.epilogue[0].inputs[0]
+
+        def block(x: Tensor, index: int) -> Tensor:
+            values = _values(x, ids) | {ports(program, index)[0]: x}
+            return interpret.run(program.block(index), values, self.weight, ops=ops)
+
+        def apart(exact: Tensor, rounded: Tensor, own: Tensor) -> Tensor:
+            def logits(x: Tensor, weight: interpret.Weight) -> Tensor:
+                values = _values(x, own) | {last: x}
+                return interpret.run(program.epilogue, values, weight, ops=ops).log_softmax(-1)
+
+            with torch.no_grad():
+                wanted = logits(exact, self.original)
+            found = logits(rounded, self.weight)
+            return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+
+        x, exact = first.to(self.device), exact.to(self.device)
+        for index in range(program.blocks):
+            x = checkpoint(block, x, index, use_reentrant=False)
+        windows = zip(exact.split(1), x.split(1), ids.split(1), strict=True)  # logits of one window at a time
+        return sum(checkpoint(apart, *one, use_reentrant=False) for one in windows) / x[..., 0].numel()
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.factors.values())).device
+
+    def original(self, name: str) -> Tensor:
+        """The parameter without its factor, float32."""
+        return dense(self.values[name])
+
+    def weight(self, name: str) -> Tensor:
+        """The parameter under its factor, float32, as it will be stored; differentiable in the factor."""
+        if name not in self.factors:
+            return self.original(name)
+        value, factor = self.values[name], self.factors[name].exp()
+        if isinstance(value, QTensor):
+            exact = value.scale * factor
+            scale = _through(exact, storable(exact, value.scale_dtype)).unsqueeze(-1)
+            zero = 2 ** (value.grid.bits - 1) if value.zero is None else value.zero.float().unsqueeze(-1)
+            codes = value.codes.float().unflatten(-1, (value.scale.shape[1], -1)).sub_(zero)
+            return (codes * scale).flatten(-2)
+        exact = (value.float() + self.offset[name]) * factor - self.offset[name]
+        return _through(exact, exact.to(value.dtype).float())
+
+    @torch.no_grad()
+    def tuned(self) -> dict[str, Tensor | QTensor]:
+        """The parameters that moved, as they are stored, in host memory."""
+        made: dict[str, Tensor | QTensor] = {}
+        for name, t in self.factors.items():
+            value = self.values[name]
+            if isinstance(value, QTensor):
+                scale = storable(value.scale * t.exp(), value.scale_dtype)
+                made[name] = _to(replace(value, scale=scale), "cpu")
+            else:
+                made[name] = self.weight(name).to("cpu", value.dtype)
+        return made
+
+
+def _values(x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """The graph's inputs for a stream [b, L, D] of full windows; ids int64 [b]: their adapters."""
+    return full_windows(torch.empty(x.shape[:2], device=x.device, dtype=torch.long), ids)
+
+
+def _through(exact: Tensor, stored: Tensor) -> Tensor:
+    """`stored` in value, `exact` in gradient."""
+    return exact + (stored - exact).detach()
+
+
+def _to(value: Tensor | QTensor, device: str) -> Tensor | QTensor:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    zero = None if value.zero is None else value.zero.to(device)
+    return replace(value, codes=value.codes.to(device), scale=value.scale.to(device), zero=zero)

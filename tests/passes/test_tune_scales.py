@@ -1,0 +1,145 @@
+"""The closing step on a small random Llama: it begins where block-wise rounding ended, gets nearer, touches no code."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tpvc.compiler import interpret
+from tpvc.compiler.program import Grid, QTensor, read
+from tpvc.compiler.store import BlockStore
+from tpvc.passes.block import EXACT, Block, embedded, spread
+from tpvc.passes.round_to_nearest import RoundToNearest
+from tpvc.passes.tune_scales import Streams, Tunable, TuneScales
+
+WINDOWS = torch.randint(3, 96, (40, 16), generator=torch.Generator().manual_seed(1))
+FRESH = torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=[Grid(3, 16, False), Grid(4, -1, True), Grid(3, 0, False)], ids=str)
+def rounded(request, small_llama, tmp_path):
+    """(float Program, the same rounded to nearest, a store that ends with the float stream)."""
+    program = RoundToNearest(request.param, BlockStore.open(tmp_path / "nearest", {}))(small_llama)
+    ids = spread(len(WINDOWS), 0)
+    with torch.no_grad():
+        exact = embedded(small_llama, WINDOWS, ids)
+        for index in range(small_llama.blocks):
+            block = Block(small_llama, index, "cpu")
+            exact = block.outputs(exact, block.weights, ids, EXACT)
+    last = small_llama.blocks - 1
+    store = BlockStore.open(tmp_path / "blocks", {})
+    store.save(last, {}, {}, {"exact": exact})
+    return small_llama, program, store
+
+
+def tune(rounded, path, **options) -> TuneScales:
+    how = {"rounds": 4, "batch": 4, "lr": 3e-3, "held_out": 8} | options
+    return TuneScales(windows=WINDOWS, blocks=rounded[2], store=BlockStore.open(path, {}), **how)
+
+
+def divergence(program, wanted) -> float:
+    """Mean KL(wanted || program) over fresh tokens."""
+    with torch.no_grad():
+        p, q = (interpret.logits(x, FRESH).log_softmax(-1) for x in (wanted, program))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_logits_come_nearer_on_tokens_that_no_step_saw(rounded, tmp_path):
+    exact, program, _ = rounded
+    assert divergence(tune(rounded, tmp_path / "t")(program), exact) < divergence(program, exact)
+
+
+def test_only_scales_and_norms_move(rounded, tmp_path):
+    _, program, _ = rounded
+    tuned = tune(rounded, tmp_path / "t")(program)
+    for name, parameter in program.params.items():
+        before, after = read(parameter), read(tuned.params[name])
+        if isinstance(before, QTensor):
+            assert torch.equal(before.codes, after.codes) and before.grid == after.grid
+            assert (before.zero is None) == (after.zero is None)
+            assert before.zero is None or torch.equal(before.zero, after.zero)
+            assert not torch.equal(before.scale, after.scale)
+        else:
+            assert torch.equal(before, after) == ("norm" not in name)
+            assert before.dtype == after.dtype
+
+
+def test_step_0_is_the_model_as_it_was(rounded, tmp_path):
+    """Factors of one change no bit, and the loss is the KL of the two models' logits."""
+    exact, program, _ = rounded
+    model = Tunable.of(program, "cpu")
+    for name, value in model.tuned().items():
+        before = read(program.params[name])
+        same = (value.scale, before.scale) if isinstance(value, QTensor) else (value, before)
+        assert torch.equal(*same)
+    rate_0 = tune(rounded, tmp_path / "t", lr=0.0)
+    rate_0(program)
+    kl = rate_0.checks()[0][1]
+    with torch.no_grad():
+        p, q = (interpret.logits(x, WINDOWS[32:]).double().log_softmax(-1) for x in (exact, program))
+    # float32 logits of size up to 10 through 3 blocks of 7 products of up to 64 terms, in another order
+    assert abs(kl - float((p.exp() * (p - q)).sum(-1).mean())) <= 3 * 7 * 64 * 2**-24 * 10
+
+
+def test_gradients_are_those_of_finite_differences(rounded, tmp_path):
+    """In the direction of the gradient; float16 scales would hide small steps, these are float32."""
+    _, program, store = rounded
+    model = Tunable.of(program, "cpu")
+    rows = Streams(program, WINDOWS, store).rows([0, 1, 2])
+    model.divergence(*rows).backward()
+    norm = torch.stack([t.grad.square().sum() for t in model.factors.values()]).sum().sqrt()
+    values, step = [], 3e-3
+    for sign in (1, -1):
+        with torch.no_grad():
+            moved = {n: sign * step * t.grad / norm for n, t in model.factors.items()}
+            values.append(float(replace(model, factors=moved).divergence(*rows)))
+    slope = (values[0] - values[1]) / (2 * step)
+    assert slope == pytest.approx(float(norm), rel=0.02)  # curvature to the third order, and float32 sums
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(rounded, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop_half_way(stage, done, total, note):
+        if 2 * done >= total:
+            raise Stop
+
+    _, program, _ = rounded
+    whole = tune(rounded, tmp_path / "whole")(program)
+    with pytest.raises(Stop):
+        tune(rounded, tmp_path / "part", progress=stop_half_way)(program)
+    part = tune(rounded, tmp_path / "part")(program)
+    for name in program.params:
+        a, b = read(whole.params[name]), read(part.params[name])
+        assert torch.equal(*((a.scale, b.scale) if isinstance(a, QTensor) else (a, b)))
+
+
+def test_a_finished_run_needs_no_stream(rounded, tmp_path):
+    """The head's integers come after it and take the streams away."""
+    _, program, store = rounded
+    tuned = tune(rounded, tmp_path / "t")(program)
+    for file in store.directory.glob("stream-*"):
+        file.unlink()
+    again = tune(rounded, tmp_path / "t")(program)
+    name = next(n for n, p in program.params.items() if isinstance(read(p), QTensor))
+    assert torch.equal(read(tuned.params[name]).scale, read(again.params[name]).scale)
+
+
+def test_scales_and_norms_are_stored_as_they_were_tuned(small_llama, rounded, tmp_path):
+    """In bfloat16 both are exact, and what was judged is what is stored."""
+    program = rounded[1]
+    short = {}
+    for name, parameter in program.params.items():
+        value = read(parameter)
+        if isinstance(value, QTensor):
+            short[name] = replace(value, scale=value.scale.bfloat16().float(), scale_dtype=torch.bfloat16)
+        else:
+            short[name] = value.bfloat16() if "norm" in name else value
+    tuned = tune(rounded, tmp_path / "t")(program.with_params(short))
+    for name in short:
+        value = read(tuned.params[name])
+        if isinstance(value, QTensor):
+            assert torch.equal(value.scale.bfloat16().float(), value.scale)
+        elif "norm" in name:
+            assert value.dtype == torch.bfloat16
