@@ -104,7 +104,7 @@ def test_flexround_runs_under_the_adapters_and_gives_the_same_bytes(ok, tiny_lla
     out, again = tmp_path / "w3", tmp_path / "again"
     both = [o for name, directory in roads.items() for o in ("--road", f"{name}={directory}")]
     told = ok("quantize", tiny_llama, "-o", out, *LEARN, *both)["manifest"]
-    assert [p["name"] for p in told["passes"]] == ["BankRoad", "FlexRound", "RoundToNearest"]
+    assert [p["name"] for p in told["passes"]] == ["BankRoad", "FlexRound", "TuneScales", "RoundToNearest"]
     ok("quantize", tiny_llama, "-o", again, *LEARN, *both)
     for path in sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.name != "report.html"):
         assert (out / path).read_bytes() == (again / path).read_bytes(), path
