@@ -8,6 +8,7 @@ import torch
 from tpvc.compiler import frontends, interpret
 from tpvc.compiler.adapters.road import halves
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import Grid, linears
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning import road
@@ -113,7 +114,7 @@ def test_gradients_agree_with_finite_differences(program):
         from tpvc.compiler.tuning.loss import answer_logits
 
         weight = replace(made, params={"theta": theta, "alpha": alpha}).weight(held.__getitem__)
-        logits = answer_logits(made.program, weight, batch, 0)
+        logits = answer_logits(made.program, weight, batch, 0, OPS)
         return torch.nn.functional.cross_entropy(logits.double(), batch.targets)
 
     theta, alpha = (params[n].requires_grad_() for n in ("theta", "alpha"))
