@@ -27,7 +27,7 @@ WINDOWS = 16
 """Of the calibration text that are looked at."""
 CLIPS = tuple(0.85**k for k in range(28))
 """Where a range may end, relative to the largest entry: down to 1 %."""
-LIMIT = 0.002
+LIMIT = 0.02
 """What a static grid may lose; beyond it a value is rounded per token."""
 
 
