@@ -78,7 +78,7 @@ RECIPES: dict[str, Recipe] = {
 """fast, default and best by measurement (docs/flexround.md); paper: the authors' released Llama-2 setting."""
 
 
-IMPORTANT = 32
+IMPORTANCE_WINDOWS = 32
 """Windows, of those that the optimiser sees, over which the importance of input features is averaged."""
 
 
@@ -178,7 +178,7 @@ class FlexRound:
         nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}
         start = nearest
         if self.recipe.searched:
-            few = max(IMPORTANT, len(program.adapters) + 1)
+            few = max(IMPORTANCE_WINDOWS, len(program.adapters) + 1)
             seen = slice(0, min(few, self._training(len(rounded))))
             importance = block.importance(rounded[seen], ids[seen])
             start = {name: search(w, importance[name], grid, dtype) for name, w in weights.items()}

@@ -37,10 +37,13 @@ from tpvc.passes.block import behind_prompts, embedded, full_windows, spread
 from tpvc.passes.grid import storable
 
 NORMS = ("rms_norm", "layer_norm")
-
-
 WARMUP = 0.1
 """Share of the steps on which the rate climbs."""
+
+
+def schedule(rounds: float, batch: int, lr: float, windows: int, seed: int = 0) -> Schedule:
+    """The steps that see each of so many windows `rounds` times; at least one."""
+    return Schedule(max(1, round(rounds * windows / batch)), batch, lr, WARMUP, seed, decay="cosine")
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,7 @@ class TuneScales:
 
     @property
     def schedule(self) -> Schedule:
-        steps = max(1, round(self.rounds * self._training / self.batch))
-        return Schedule(steps, self.batch, self.lr, WARMUP, self.seed, decay="cosine")
+        return schedule(self.rounds, self.batch, self.lr, self._training, self.seed)
 
     @property
     def _training(self) -> int:
@@ -209,10 +211,8 @@ class Tunable:
         value, factor = self.values[name], self.factors[name].exp()
         if isinstance(value, QTensor):
             exact = value.scale * factor
-            scale = _through(exact, storable(exact, value.scale_dtype)).unsqueeze(-1)
-            zero = 2 ** (value.grid.bits - 1) if value.zero is None else value.zero.float().unsqueeze(-1)
-            codes = value.codes.float().unflatten(-1, (value.scale.shape[1], -1)).sub_(zero)
-            return (codes * scale).flatten(-2)
+            scale = _through(exact, storable(exact, value.scale_dtype))
+            return replace(value, scale=scale).dequantize()
         exact = (value.float() + self.offset[name]) * factor - self.offset[name]
         return _through(exact, exact.to(value.dtype).float())
 

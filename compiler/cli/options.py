@@ -166,7 +166,7 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["fast", "default", "best", "paper"]),
                 default="default",
                 show_default=True,
-                help="How long FlexRound learns, in optimiser steps a block: fast 20, default 120 and best 1000 "
+                help="How long FlexRound learns, in optimiser steps a block: fast 20; default 120 and best 1000, "
                 "with a closing step; paper 5000 (with the publication's other settings too).",
             ),
             click.option(

@@ -168,7 +168,7 @@ def _closing(made: Any, nsamples: int, device: str) -> float:
     from tpvc.passes.block import spread
     from tpvc.passes.flexround import held_out
     from tpvc.passes.round_to_nearest import quantize
-    from tpvc.passes.tune_scales import Tunable, TuneScales
+    from tpvc.passes.tune_scales import Tunable, schedule
 
     recipe, program = made.recipe, _random(cut(made.program))
     names = [n.params["weight"] for n in linears(n for n in program.nodes if n.block is not None)]
@@ -184,9 +184,9 @@ def _closing(made: Any, nsamples: int, device: str) -> float:
     one = step(1)
     whole = one + (made.program.blocks - 1) * max(0.0, step(2) - one)
     held = held_out(recipe, nsamples)
-    schedule = TuneScales(recipe.rounds, recipe.batch, recipe.lr_rounds, held, range(nsamples), None, None).schedule
-    judged = (1 + schedule.steps / schedule.stretch) * held / recipe.batch / 4  # of a step's four passes one
-    return (schedule.steps + judged) * whole
+    planned = schedule(recipe.rounds, recipe.batch, recipe.lr_rounds, nsamples - held)
+    judged = (1 + planned.steps / planned.stretch) * held / recipe.batch / 4  # of a step's four passes one
+    return (planned.steps + judged) * whole
 
 
 def _random(program: Any) -> Any:

@@ -30,14 +30,25 @@ def small_llama() -> Program:
     """Three blocks with correlated features, so that rounding errors can be made to cancel."""
     draw = torch.Generator().manual_seed(0)
     made = architecture(CONFIG)
-    shapes = {}
-    for node in made.nodes:
-        for role, name in node.params.items():
-            shapes[name] = (node.op, role)
-    sizes = {"embed_tokens": (96, 32), "q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
-    sizes |= {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64), "norm": (32,)}
-    params = {}
-    for name in shapes:
-        size = next(s for key, s in sizes.items() if name.split(".")[-2].endswith(key))
-        params[name] = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=draw) * size[-1] ** -0.5
+    params = {
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw) * shape[1] ** -0.5
+        for name, shape in made.shapes.items()
+    }
     return verify(Program(made.nodes, params, made.facts))
+
+
+@pytest.fixture
+def model():
+    """`model(**fields)`: a random Llama with two blocks, a seed for every parameter, and these fields of its config."""
+
+    def make(**fields) -> Program:
+        drawn = architecture(CONFIG | {"num_hidden_layers": 2} | fields)
+        params = {}
+        for seed, (name, shape) in enumerate(drawn.shapes.items()):
+            draw = torch.Generator().manual_seed(seed)
+            params[name] = torch.ones(shape)
+            if len(shape) > 1:
+                params[name] = torch.randn(shape, generator=draw) * shape[1] ** -0.5
+        return Program(drawn.nodes, params, drawn.facts)
+
+    return make

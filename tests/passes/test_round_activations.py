@@ -17,36 +17,11 @@ from tpvc.passes.flexround import RECIPES, FlexRound
 from tpvc.passes.round_activations import RoundActivations
 from tpvc.passes.round_to_nearest import RoundToNearest
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "rope_theta": 10000.0,
-}
 GRID = Grid(4, -1, True)
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def model(**fields) -> Program:
-    drawn = architecture(CONFIG | fields)
-    params = {
-        name: torch.ones(shape) if len(shape) == 1 else random(*shape, seed=i) * shape[1] ** -0.5
-        for i, (name, shape) in enumerate(drawn.shapes.items())
-    }
-    return Program(drawn.nodes, params, drawn.facts)
 
 
 def windows(count=40, length=16) -> torch.Tensor:
@@ -90,7 +65,7 @@ def test_the_gradient_goes_straight_through():
     assert torch.equal(x.grad, wanted)
 
 
-def test_linears_that_read_one_value_share_a_node():
+def test_linears_that_read_one_value_share_a_node(model):
     program = verify(RoundActivations("int8")(model()), "RoundActivations")
     made = [n for n in program.nodes if n.op == "round_rows"]
     assert [n.block for n in made] == [0] * 4 + [1] * 4
@@ -115,13 +90,13 @@ def test_other_readers_keep_the_value():
     assert read == [(n.op, v) for n in program.nodes for v in n.inputs if n.op == "add"]
 
 
-def test_some_linears_only():
+def test_some_linears_only(model):
     names = frozenset(n.params["weight"] for n in linears(model().nodes) if n.name.endswith("q_proj"))
     program = verify(RoundActivations("fp8", names)(model()))
     assert rounded_inputs(program) == dict.fromkeys(names, "fp8")
 
 
-def test_it_means_what_it_says():
+def test_it_means_what_it_says(model):
     """Logits are those of a program whose linears round their inputs themselves."""
     program = model()
     inside = {n.params["weight"] for n in linears(program.nodes) if n.block is not None}
@@ -142,7 +117,7 @@ def test_it_means_what_it_says():
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_learning_sees_rounded_activations(kind, tmp_path):
+def test_learning_sees_rounded_activations(model, kind, tmp_path):
     """Targets are those of the float block, errors those of the block that rounds weights and activations; what is
     learned is better than rounding to nearest on windows that it has not seen."""
     recipe = replace(RECIPES["default"], steps=60, lr=4e-3, lr_scale=2e-3, held_out=4)
@@ -167,7 +142,7 @@ def test_learning_sees_rounded_activations(kind, tmp_path):
     )
 
 
-def test_nearest_rounds_the_same_codes(tmp_path):
+def test_nearest_rounds_the_same_codes(model, tmp_path):
     """Rounding to nearest looks at weights alone."""
     plain, rounded = (
         RoundToNearest(GRID, BlockStore.open(tmp_path / str(i), {}))(p)
@@ -178,7 +153,7 @@ def test_nearest_rounds_the_same_codes(tmp_path):
         assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
 
 
-def test_an_unknown_kind_is_refused():
+def test_an_unknown_kind_is_refused(model):
     with pytest.raises(TpvcError, match="'int4'; expected int8, fp8 or int8-static"):
         RoundActivations("int4")(model())
     program = RoundActivations("int8")(model())

@@ -7,7 +7,6 @@ import torch
 
 from tpvc.compiler import interpret
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.ops import round_tensor
 from tpvc.compiler.program import Grid, Program, input_grids, linears, read, rounded_inputs
 from tpvc.compiler.store import BlockStore
@@ -18,22 +17,6 @@ from tpvc.passes.round_activations import RoundActivations
 from tpvc.passes.round_to_nearest import RoundToNearest
 from tpvc.passes.static_inputs import LIMIT, StaticInputs, grid_of_range, lost, search
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "rope_theta": 10000.0,
-}
 GRID = Grid(8, -1, True)
 STATIC = "int8-static"
 
@@ -42,20 +25,11 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def model() -> Program:
-    drawn = architecture(CONFIG)
-    params = {
-        name: torch.ones(shape) if len(shape) == 1 else random(*shape, seed=i) * shape[1] ** -0.5
-        for i, (name, shape) in enumerate(drawn.shapes.items())
-    }
-    return Program(drawn.nodes, params, drawn.facts)
-
-
 def windows(count=24, length=16) -> torch.Tensor:
     return torch.randint(3, 96, (count, length), generator=torch.Generator().manual_seed(1))
 
 
-def static(store, **fields) -> Program:
+def static(model, store, **fields) -> Program:
     """The model in W8A8 with static grids, rounded to nearest."""
     rounded = RoundToNearest(GRID, store)(RoundActivations(STATIC)(model()))
     return verify(StaticInputs(windows(), **fields)(rounded), "StaticInputs")
@@ -125,8 +99,8 @@ def test_columns_that_nobody_reads_do_not_count():
     assert scale < 0.05 and least < 1e-3
 
 
-def test_every_value_gets_a_grid_of_its_own(tmp_path, holds_all):
-    program = static(BlockStore.open(tmp_path, {}))
+def test_every_value_gets_a_grid_of_its_own(model, tmp_path, holds_all):
+    program = static(model, BlockStore.open(tmp_path, {}))
     nodes = [n for n in program.nodes if n.op == "round_tensor"]
     assert len(nodes) == 8 and len({n.attrs["scale"] for n in nodes}) == 8
     assert set(rounded_inputs(program).values()) == {STATIC}
@@ -137,9 +111,9 @@ def test_every_value_gets_a_grid_of_its_own(tmp_path, holds_all):
     assert not torch.equal(found, wanted)
 
 
-def test_it_is_behind_what_was_rounded_before(tmp_path):
+def test_it_is_behind_what_was_rounded_before(model, tmp_path):
     """The second block's grids are those of what leaves the first one when it is rounded."""
-    program = static(BlockStore.open(tmp_path, {}))
+    program = static(model, BlockStore.open(tmp_path, {}))
     weight, seen = interpret.in_memory(program), {}
 
     def watch(node, inputs):
@@ -159,7 +133,7 @@ def test_it_is_behind_what_was_rounded_before(tmp_path):
     assert node.attrs["zero"] == zero and node.attrs["scale"] == pytest.approx(scale, rel=1e-5)
 
 
-def test_a_value_that_no_grid_holds_is_rounded_per_token(tmp_path):
+def test_a_value_that_no_grid_holds_is_rounded_per_token(model, tmp_path):
     """A feature that is giant in one token of many windows, in the input of the second block's last linear."""
     given = model()
     name = "model.layers.1.mlp.up_proj.weight"
@@ -178,7 +152,7 @@ def test_a_value_that_no_grid_holds_is_rounded_per_token(tmp_path):
     assert lasting["model.layers.1.mlp.down_proj.weight"].inputs[0].endswith(".int8")
 
 
-def test_learning_sees_the_grids_and_goes_on_where_it_stopped(tmp_path, holds_all):
+def test_learning_sees_the_grids_and_goes_on_where_it_stopped(model, tmp_path, holds_all):
     recipe = replace(RECIPES["default"], steps=30, lr=4e-3, lr_scale=2e-3, held_out=4)
     grid = Grid(4, -1, True)
     given = RoundActivations(STATIC)(model())
@@ -205,7 +179,7 @@ def test_learning_sees_the_grids_and_goes_on_where_it_stopped(tmp_path, holds_al
         assert torch.equal(a.codes, b.codes)
 
 
-def test_a_grid_that_is_none_is_refused():
+def test_a_grid_that_is_none_is_refused(model):
     program = RoundActivations(STATIC)(model())
 
     def told(scale, zero):
