@@ -6,7 +6,7 @@ Out: one random integer matrix for each linear of a block (codes over all of the
 points from 0, or from 1) is written by an exporter and read back by something else than what wrote it:
 
     compressed-tensors   `unpack_from_int32` and `decompress` of that package, with its own reading of the config
-    GPTQ, AWQ            bit by bit, as the layouts are described (`who_loads.py`)
+    GPTQ, AWQ            bit by bit, as the layouts are described (`packed_layouts.py`)
     ONNX                 the initializers of both graphs and the attributes of their nodes; single matrices bit by bit
                          too, and multiplied by the identity in ONNX Runtime
     Triton package       its slabs
@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from packed_layouts import AWQ_ORDER, awq_integers, gptq_integers
 from safetensors.torch import load_file, save_file
-from who_loads import AWQ_ORDER, awq_integers, gptq_integers
 
 from tpvc.compiler import frontends
 from tpvc.compiler.errors import TpvcError
