@@ -133,7 +133,6 @@ READERS: dict[str, Callable[[dict], str]] = {
         config.get("quantization_config", {}).get("quant_method"), "stock"
     ),
     "GPTQModel": lambda config: "gptqmodel",
-    "AutoRound": lambda config: "autoround",
     "GenAI builder": lambda config: "stock",
 }
 """Column -> the environment that reads a checkpoint with this config.json; transformers has the package it asks for."""
@@ -333,15 +332,6 @@ def _read_gptqmodel(folder: Path, own: Path) -> tuple[np.ndarray, str]:
     return _forward(GPTQModel.load(str(_model_file(folder)), device="cpu").model)
 
 
-def _read_autoround(folder: Path, own: Path) -> tuple[np.ndarray, str]:
-    from auto_round import AutoRoundConfig
-    from transformers import AutoModelForCausalLM
-
-    config = AutoRoundConfig()
-    named = {"gguf_file": "model.gguf"} if (folder / "model.gguf").is_file() else {"quantization_config": config}
-    return _forward(AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu", **named).eval())
-
-
 def _read_builder(folder: Path, own: Path) -> tuple[np.ndarray, str]:
     """int4, with sums in float32 and the head, which is in float in the checkpoints, left out."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
@@ -376,7 +366,6 @@ READING = {
     "tpvc --to onnx": _read_tpvc_onnx,
     "transformers": _read_transformers,
     "GPTQModel": _read_gptqmodel,
-    "AutoRound": _read_autoround,
     "GenAI builder": _read_builder,
 }
 IMPORTS = {
