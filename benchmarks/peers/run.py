@@ -10,6 +10,9 @@ TEST; linears of the blocks only, the head stays in float. All start from the sa
 environment of its own, which is made under --envs on first use, and saves its checkpoint as it always does. What is
 scored is that folder on disk, loaded again by tpvc, after it was checked that it has the grid it should have.
 
+Ratios of time are of CPU minutes: other work on the machine counts for little in them. With --threads 1 they are what a
+quiet machine's clock shows; more threads also count the time that they wait for one another.
+
 A row that OUT/results.json holds is not made again. At the end the table of all rows that there are is printed, and
 written to OUT/table.md. Needs the standard library only.
 """

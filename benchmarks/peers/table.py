@@ -44,7 +44,7 @@ _COSTS: dict[str, Callable[[float], str]] = {
     "peak_gib": "{:.2f}".format,
     "megabytes": "{:.1f}".format,
 }
-_RATIOS = {"perplexity": "perplexity", "minutes": "minutes", "peak": "peak_gib"}
+_RATIOS = {"perplexity": "perplexity", "CPU minutes": "cpu_minutes", "peak": "peak_gib"}
 
 
 def _order(row: Row) -> tuple[int, bool]:
