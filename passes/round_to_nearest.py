@@ -21,10 +21,16 @@ ROWS_AT_ONCE = 1 << 22
 def quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> QTensor:
     """Round-to-nearest of a weight [out, in] of any float dtype."""
     rows = weight.shape[0] if grid.group == 0 else max(1, ROWS_AT_ONCE // weight.shape[1])
-    chunks = (chunk.float() for chunk in weight.split(rows))
-    parts = [on_grid(chunk, min_max(chunk, grid, dtype), grid, dtype) for chunk in chunks]
-    zero = None if grid.symmetric else torch.cat([p.zero for p in parts])
-    return QTensor(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), zero, grid, dtype)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scales, zeros = [], []
+    for into, chunk in zip(codes.split(rows), weight.split(rows), strict=True):
+        chunk = chunk.float()
+        part = on_grid(chunk, min_max(chunk, grid, dtype), grid, dtype)
+        into.copy_(part.codes)
+        scales.append(part.scale)
+        zeros.append(part.zero)
+    zero = None if grid.symmetric else torch.cat(zeros)
+    return QTensor(codes, torch.cat(scales), zero, grid, dtype)
 
 
 @dataclass(frozen=True)
