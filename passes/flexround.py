@@ -41,8 +41,8 @@ from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, relative_error, spread
 from tpvc.passes.checks import check_float, check_grid, linear_record
-from tpvc.passes.fake_round import FakeRound, learned_codes
-from tpvc.passes.grid import Range, grouped, min_max, on_grid, qtensor
+from tpvc.passes.factors import Factors
+from tpvc.passes.grid import Range, min_max, on_grid
 from tpvc.passes.grid_search import search
 from tpvc.passes.static_inputs import recorded, with_grids, with_recorded
 
@@ -57,6 +57,9 @@ class Recipe:
     lr_scale   Adam's rate for log s1; 0 freezes the grid
     searched   start from the importance-weighted search instead of min/max
     held_out   windows kept from the optimiser to choose what is kept
+    rounds     how often the closing step (tune_scales.py) sees every window; 0: there is none
+    lr_rounds  its rate
+    rank       of log S2 as a share of a weight's shorter side (LRQ); 0: S2 has the weight's shape
     """
 
     steps: int
@@ -67,12 +70,14 @@ class Recipe:
     held_out: int
     rounds: float
     lr_rounds: float
+    rank: float = 0
 
 
 RECIPES: dict[str, Recipe] = {
     "fast": Recipe(20, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=0, lr_rounds=0.0),
     "default": Recipe(120, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=1.5, lr_rounds=7e-4),
     "best": Recipe(1000, 4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8, rounds=4, lr_rounds=7e-4),
+    "lrq": Recipe(240, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=1.5, lr_rounds=7e-4, rank=0.25),
     "paper": Recipe(5000, 2, lr=5e-4, lr_scale=5e-4, searched=False, held_out=0, rounds=0, lr_rounds=0.0),
 }
 """fast, default and best by measurement (docs/flexround.md); paper: the authors' released Llama-2 setting."""
@@ -85,36 +90,6 @@ IMPORTANCE_WINDOWS = 32
 def held_out(recipe: Recipe, windows: int) -> int:
     """How many of so many windows, the last ones, are kept from the optimiser: an eighth at most."""
     return min(recipe.held_out, windows // 8)
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """One linear while it is learned: its float weight, its grid, and the logarithms of s1 (relative), S2 and s3."""
-
-    weight: Tensor
-    span: Range
-    log_scale: Tensor
-    log_s2: Tensor
-    log_s3: Tensor
-
-    @staticmethod
-    def start(weight: Tensor, span: Range, grid: Grid, frozen_scale: bool) -> Factors:
-        """All factors 1: the forward pass rounds `weight` [out, in] to nearest on `span`."""
-        view = grouped(weight, grid)
-        log_scale = torch.zeros_like(span.scale, requires_grad=not frozen_scale)
-        s3 = torch.zeros(view.shape[0], 1, 1, device=weight.device, requires_grad=True)
-        return Factors(view, span, log_scale, torch.zeros_like(view, requires_grad=True), s3)
-
-    def rounded(self, top: int, dtype: torch.dtype) -> Tensor:
-        """W_hat [out, in], differentiable in the factors."""
-        args = (self.weight, self.log_scale, self.log_s2, self.log_s3, self.span, top, dtype)
-        return FakeRound.apply(*args).flatten(1)
-
-    def frozen(self, grid: Grid, dtype: torch.dtype) -> QTensor:
-        """Codes and scale of the last forward pass; the factors are gone."""
-        factors = (self.log_scale.detach(), self.log_s2.detach(), self.log_s3.detach())
-        relative, span = learned_codes(self.weight, self.span, *factors, 2**grid.bits - 1, dtype)
-        return qtensor(tuple(self.weight.flatten(1).shape), relative, span, grid, dtype)
 
 
 @dataclass(frozen=True)
@@ -182,7 +157,7 @@ class FlexRound:
             seen = slice(0, min(few, self._training(len(rounded))))
             importance = block.importance(rounded[seen], ids[seen])
             start = {name: search(w, importance[name], grid, dtype) for name, w in weights.items()}
-        factors = {n: Factors.start(w, start[n], grid, self.recipe.lr_scale == 0) for n, w in weights.items()}
+        factors = {n: self.factors(w, start[n], index) for n, w in weights.items()}
         candidates = {
             "nearest": {n: on_grid(w, nearest[n], grid, dtype) for n, w in weights.items()},
             "searched": {n: on_grid(w, start[n], grid, dtype) for n, w in weights.items()},
@@ -216,6 +191,14 @@ class FlexRound:
         """How many windows, from the first, the optimiser may see."""
         return windows - held_out(self.recipe, windows)
 
+    def factors(self, weight: Tensor, span: Range, index: int) -> Factors:
+        """Where learning starts for a weight [out, in] of block `index`."""
+        recipe = self.recipe
+        return Factors.start(weight, span, self.grid, recipe.lr_scale == 0, recipe.rank, self._seed(index))
+
+    def _seed(self, index: int) -> int:
+        return self.seed * 1_000_003 + index
+
     @torch.enable_grad()
     def learn(
         self, block: Block, factors: dict[str, Factors], rounded: Tensor, target: Tensor, ids: Tensor, index: int
@@ -224,12 +207,12 @@ class FlexRound:
         recipe, top = self.recipe, 2**self.grid.bits - 1
         if recipe.steps == 0:
             return []
-        groups = [{"params": [p for f in factors.values() for p in (f.log_s2, f.log_s3)], "lr": recipe.lr}]
+        groups = [{"params": [p for f in factors.values() for p in (*f.s2, f.log_s3)], "lr": recipe.lr}]
         if recipe.lr_scale:
             groups.append({"params": [f.log_scale for f in factors.values()], "lr": recipe.lr_scale})
         optimizer = torch.optim.Adam(groups, eps=1e-12, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        draw = torch.Generator().manual_seed(self._seed(index))
         training = self._training(len(rounded))
         power = float(target[:training].square().mean())
         order: list[int] = []

@@ -163,11 +163,11 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--recipe",
-                type=click.Choice(["fast", "default", "best", "paper"]),
+                type=click.Choice(["fast", "default", "best", "lrq", "paper"]),
                 default="default",
                 show_default=True,
                 help="How long FlexRound learns, in optimiser steps a block: fast 20; default 120 and best 1000, "
-                "with a closing step; paper 5000 (with the publication's other settings too).",
+                "with a closing step; lrq 240 with factors of low rank; paper 5000 (FlexRound's other settings too).",
             ),
             click.option(
                 "--dataset",

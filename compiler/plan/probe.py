@@ -122,7 +122,7 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
 
     from tpvc.compiler.program import linears
     from tpvc.passes.block import EXACT, Block, spread
-    from tpvc.passes.flexround import Factors, FlexRound
+    from tpvc.passes.flexround import FlexRound
     from tpvc.passes.grid import min_max
     from tpvc.passes.grid_search import search
 
@@ -145,12 +145,10 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
             searched += took * len(weight) / len(rows)
 
     def learn(steps: int) -> float:
-        factors = {n: _start(block.weights[n]) for n in names}
         learning = FlexRound(made.grid, replace(made.recipe, steps=steps, held_out=0), x, None, seed, dtype, device)
+        weights = {n: block.weights[n] for n in names}
+        factors = {n: learning.factors(w, min_max(w, made.grid, dtype), 0) for n, w in weights.items()}
         return _seconds(lambda: learning.learn(block, factors, x, target, ids, 0), warm=False)
-
-    def _start(weight: torch.Tensor) -> Factors:
-        return Factors.start(weight, min_max(weight, made.grid, dtype), made.grid, made.recipe.lr_scale == 0)
 
     first = learn(1)
     step = first if first > 5 else (learn(4) - learn(1)) / 3

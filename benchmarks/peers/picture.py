@@ -1,0 +1,82 @@
+"""Perplexity against CPU minutes for every method that was measured: one picture of a results.json.
+
+    python benchmarks/peers/picture.py OUT/results.json -o picture.svg
+
+A panel for every grid. Recipes of one tool are joined in the order of their minutes; the dashed line is the float
+model. Means over the seeds that there are. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rows import SCHEMES, rows
+from table import FLOAT
+
+FAMILIES = {"tpvc": "#d1495b", "autoround": "#00798c", "gptq": "#edae49", "awq": "#66a182", "hqq": "#8d6a9f"}
+"""Colour by the first word of a method's name; grey for others."""
+
+Point = tuple[float, float]
+
+
+def points(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Point]]:
+    """{grid: {method: (CPU minutes, perplexity)}} of the finished rows, means over their seeds."""
+    seeds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows():
+        if "perplexity" in found.get(row.name, {}):
+            seeds.setdefault((row.grid, row.method.name), []).append(found[row.name])
+    made: dict[str, dict[str, Point]] = {}
+    for (grid, method), those in seeds.items():
+        point = mean(s["cpu_minutes"] for s in those), mean(s["perplexity"] for s in those)
+        made.setdefault(grid, {})[method] = point
+    return made
+
+
+def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same figures give the same bytes
+    grids = points(found)
+    order = [f"{scheme} {kind}" for scheme in SCHEMES for kind in ("sym", "asym") if f"{scheme} {kind}" in grids]
+    figure, panels = pyplot.subplots(
+        1, len(order), figsize=(5.2 * len(order), 4.2), squeeze=False, layout="constrained"
+    )
+    for grid, axes in zip(order, panels[0], strict=True):
+        families: dict[str, list[tuple[Point, str]]] = {}
+        for method, point in grids[grid].items():
+            families.setdefault(method.partition("-")[0], []).append((point, method))
+        for family, members in families.items():
+            members.sort()
+            colour = FAMILIES.get(family, "#777777")
+            axes.plot(*zip(*(point for point, _ in members), strict=True), "o-", color=colour, markersize=5)
+            for point, method in members:
+                axes.annotate(method, point, xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+        if FLOAT in found:
+            axes.axhline(found[FLOAT]["perplexity"], linestyle="--", color="#777777", linewidth=1)
+        axes.set(title=grid, xscale="log", yscale="log", xlabel="CPU minutes")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
+        axes.margins(x=0.2)
+    panels[0][0].set_ylabel("perplexity, WikiText-2 test")
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("-o", "--out", type=Path, default=Path("peers.svg"))
+    args = parser.parse_args()
+    draw(json.loads(args.results.read_text(encoding="utf-8"))["rows"], args.out)
+
+
+if __name__ == "__main__":
+    main()
