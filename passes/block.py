@@ -49,8 +49,10 @@ class Block:
 
     def outputs(self, x: Tensor, weights: dict[str, Tensor], ids: Tensor, ops: Mapping[str, Op] = OPS) -> Tensor:
         """The same over a whole stream, a few windows at a time; the result lies in host memory."""
-        parts = zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True)
-        return torch.cat([self.output(part, weights, own, ops=ops).cpu() for part, own in parts])
+        made = torch.empty_like(x)
+        for into, part, own in zip(made.split(AT_ONCE), x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
+            into.copy_(self.output(part, weights, own, ops=ops))
+        return made
 
     def importance(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Mean square of every input feature of every linear, float32 [in], by weight name. Three digits are enough."""
@@ -77,8 +79,10 @@ def full_windows(tokens: Tensor, adapter_ids: Tensor) -> dict[str, Tensor]:
 def embedded(program: Program, windows: Tensor, ids: Tensor) -> Tensor:
     """What enters block 0 for tokens int64 [n, L]: float32 [n, L, D]."""
     weight = interpret.from_files(program)
-    parts = zip(windows.split(AT_ONCE), ids.split(AT_ONCE), strict=True)
-    return torch.cat([interpret.run(program.prologue, full_windows(w, own), weight) for w, own in parts])
+    made = torch.empty(*windows.shape, program.facts.hidden_size)
+    for into, part, own in zip(made.split(AT_ONCE), windows.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
+        into.copy_(interpret.run(program.prologue, full_windows(part, own), weight))
+    return made
 
 
 def spread(windows: int, adapters: int) -> Tensor:
