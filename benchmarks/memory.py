@@ -23,7 +23,7 @@ LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-def checkpoint(directory: Path, layers: int, shape: dict[str, int], vocab: int = 32000) -> int:
+def checkpoint(directory: Path, layers: int, shape: dict[str, int], vocab: int = 32000, tied: bool = False) -> int:
     """Write a sharded bfloat16 Llama checkpoint, one shard a block; returns its parameters."""
     directory.mkdir()
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -41,6 +41,8 @@ def checkpoint(directory: Path, layers: int, shape: dict[str, int], vocab: int =
         block = {f"self_attn.{n}.weight": s for n, s in sizes.items()} | {f"mlp.{n}.weight": s for n, s in mlp.items()}
         block |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
         shards.append({f"model.layers.{i}.{n}": s for n, s in block.items()})
+    if tied:
+        del shards[0]["lm_head.weight"]
     index, count = {}, 0
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
@@ -51,7 +53,7 @@ def checkpoint(directory: Path, layers: int, shape: dict[str, int], vocab: int =
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "dtype": "bfloat16"}
     config |= {"num_hidden_layers": layers, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-    config |= {"rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, **shape}
+    config |= {"rope_theta": 10000.0, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, **shape}
     (directory / "config.json").write_text(json.dumps(config))
     _tokenizer(directory, vocab)
     return count

@@ -26,13 +26,14 @@ from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_
 from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, prompt_ids, read, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
+from tpvc.compiler.tuning.parallel import Ranks, SharedStore, processes, ranks
 from tpvc.compiler.verification import check_written
 from tpvc.compiler.verify import verify
 from tpvc.kernels.targets import parse
 from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_float, check_grid
-from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out
+from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out, most_processes
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.fold_road import FoldRoad, as_stored
 from tpvc.passes.reorder import check_order
@@ -81,7 +82,8 @@ def quantize(
     prompts                 {task: PEFT directory} of soft prompts to be deployed: calibration windows begin with them,
                             and they travel beside the integers
 
-    An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block.
+    An interrupted run leaves `OUT.partial`; the same call goes on after its last finished block. Processes that
+    torchrun started share the calibration windows of flexround; process 0 writes.
     """
     out = Path(out)
     for given in (model, dataset, *(roads or {}).values(), *(prompts or {}).values()):
@@ -105,6 +107,7 @@ def quantize(
         prompts=prompts,
     )
     source, program, grid, chosen, seqlen = job.source, job.program, job.grid, job.recipe, job.seqlen
+    _check_processes(method, chosen, nsamples)
     tokenizer = frontends.tokenizer(program)
     progress("load", 1, 1, "")
 
@@ -130,16 +133,22 @@ def quantize(
     if calibration is not None:
         options |= {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "device": device}
 
-    with published(out, overwrite, resumable=True) as work:
-        identity = _fingerprint(program, options, calibration)
-        store = BlockStore.open(work / BLOCKS, identity, replace=overwrite)
-        closing = BlockStore.open(work / BLOCKS / CLOSING, identity, replace=True)
-        if store.finished(0) is None:
+    with ranks(device) as own, own.published(out, published(out, overwrite, resumable=True)) as work:
+        progress = own.told(progress)
+        if calibration is not None:  # process 0's for all, whatever they would have sampled
+            tokens = own.dealt(own.own(calibration.tokens[None]), 1)[0]
+            calibration = replace(calibration, tokens=tokens)
+        identity = {**_fingerprint(program, options, calibration), "processes": own.count}
+        store = own.store(work / BLOCKS, identity, replace=overwrite, divided=True)
+        closing = own.store(work / BLOCKS / CLOSING, identity, replace=True)
+        if own.rank == 0 and store.finished(0) is None:
             _check_finite(program, progress)
-        passes = _passes(grid, options, chosen, calibration, store, closing, progress)
+        passes = _passes(grid, options, chosen, calibration, store, closing, progress, own)
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
+        if own.rank:
+            return out  # process 0 writes
         rounded = as_stored(rounded, source)
         manifest, timings = _manifest(source, rounded, store, options, calibration, [*job.adapting, *passes])
         progress("write", 0, 1, str(out))
@@ -363,6 +372,18 @@ def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples
         raise TpvcError(f"calibration is {nsamples} windows of {seqlen} tokens; expected at least 1 window of 2 tokens")
 
 
+def _check_processes(method: str, recipe: Recipe, nsamples: int) -> None:
+    """Every process that torchrun started must have a share of the work."""
+    count = processes()
+    if count > 1 and method == "rtn":
+        raise TpvcError(f"found {count} processes and method rtn, which is nothing to share; start it without torchrun")
+    if count > 1 and count > (most := most_processes(recipe, nsamples)):
+        raise TpvcError(
+            f"found {count} processes for {nsamples} calibration windows and steps of {recipe.batch} of them;"
+            f" start at most {most}, or ask for more windows"
+        )
+
+
 def _check_windows(program: Program, nsamples: int, seqlen: int) -> None:
     """Calibration windows must go round the adapters and prompts, and leave room for text behind the prompts."""
     combinations = (len(program.adapters) + 1) * (len(program.prompts) + 1)
@@ -393,9 +414,10 @@ def _passes(
     options: dict[str, Any],
     recipe: Recipe,
     calibration: Calibration | None,
-    store: BlockStore,
-    closing: BlockStore,
+    store: SharedStore,
+    closing: SharedStore,
     progress: Progress,
+    own: Ranks,
 ) -> list[Rounding]:
     """Order is meaning: blocks first, on the float embedding, and what is tuned behind them; then the head, which may
     share its matrix with the embedding."""
@@ -404,11 +426,11 @@ def _passes(
     if options["method"] == "flexround":
         seed, device = options["seed"], options["device"]
         windows = calibration.tokens
-        passes.append(FlexRound(grid, recipe, windows, store, seed, dtype, device, progress))
+        passes.append(FlexRound(grid, recipe, windows, store, seed, dtype, device, progress, own))
         if recipe.rounds:
             held = held_out(recipe, len(windows))
             rates = recipe.rounds, recipe.batch, recipe.lr_rounds
-            passes.append(TuneScales(*rates, held, windows, store, closing, seed, device, progress))
+            passes.append(TuneScales(*rates, held, windows, store, closing, seed, device, progress, own))
     else:
         passes.append(RoundToNearest(grid, store, scale_dtype=dtype, progress=progress))
     if options["method"] == "rtn" and calibration is not None:
@@ -422,7 +444,7 @@ def _passes(
 def _manifest(
     program: Program,
     rounded: Program,
-    store: BlockStore,
+    store: SharedStore,
     options: dict[str, Any],
     calibration: Calibration | None,
     passes: list[Adapting | Rounding],

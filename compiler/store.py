@@ -3,6 +3,7 @@
     fingerprint.json         what the run is: a run with another one does not go on here
     block-00007.safetensors  the integer parameters of block 7 and, in the header, its record and a hash of both
     stream-00007.safetensors the activations that leave block 7, of the last finished block only
+    stream-00007-1.safetensors   those that process 1 has, where several share the calibration windows
 
 A file appears under its name when it is whole (written beside it, then renamed), first the stream, then the block: a
 block that is there is finished, and the stream that the next one needs is there too.
@@ -77,7 +78,7 @@ class BlockStore:
     ) -> dict[str, Lazy]:
         """Keep a finished block, and as `streams` what the next one starts from; older streams are removed."""
         if streams is not None:
-            _write(self._stream(block), dict(streams), {})
+            self.keep(block, streams)
         tensors = {f"{name}/{n}": t for name, q in params.items() for n, t in to_tensors(q, _FORM).items()}
         told = {
             name: [list(q.shape), [q.grid.bits, q.grid.group, q.grid.symmetric], str(q.scale_dtype).split(".")[1]]
@@ -86,13 +87,17 @@ class BlockStore:
         path = self._block(block)
         _write(path, tensors, {"params": json.dumps(told), "record": json.dumps(record, sort_keys=True)})
         for old in self.directory.glob("stream-*.safetensors"):
-            if old != self._stream(block):
+            if not old.name.startswith(self._stream(block).stem):
                 old.unlink(missing_ok=True)
         return {name: _lazy(path, name, *t) for name, t in told.items()}
 
-    def streams(self, block: int) -> dict[str, torch.Tensor]:
+    def keep(self, block: int, streams: Mapping[str, torch.Tensor], share: int = 0) -> None:
+        """Write the streams that leave a block, before it is saved; a share each where there are several."""
+        _write(self._stream(block, share), dict(streams), {})
+
+    def streams(self, block: int, share: int = 0) -> dict[str, torch.Tensor]:
         """The streams saved with `block`; TpvcError where they are missing or damaged."""
-        path = self._stream(block)
+        path = self._stream(block, share)
         if _verified(path) is None:
             raise TpvcError(
                 f"'{path}' is missing or damaged, so the run cannot go on after block {block}; remove "
@@ -104,8 +109,8 @@ class BlockStore:
     def _block(self, block: int) -> Path:
         return self.directory / f"block-{block:05}.safetensors"
 
-    def _stream(self, block: int) -> Path:
-        return self.directory / f"stream-{block:05}.safetensors"
+    def _stream(self, block: int, share: int = 0) -> Path:
+        return self.directory / f"stream-{block:05}{f'-{share}' if share else ''}.safetensors"
 
 
 def _lazy(path: Path, name: str, shape: list[int], grid: list, scale_dtype: str) -> Lazy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from tpvc.compiler import interpret
 from tpvc.compiler.ops import OPS, Op
 from tpvc.compiler.program import ROUNDERS, Node, Program, QTensor, dense, prompt_ids
 from tpvc.compiler.quick import QUICK
+from tpvc.compiler.tuning.parallel import Ranks
 from tpvc.compiler.verify import ports
 
 EXACT = {**OPS, **{op: replace(OPS[op], compute=lambda x, **_: x) for op in ROUNDERS}}
@@ -54,19 +56,26 @@ class Block:
             into.copy_(self.output(part, weights, own, ops=ops))
         return made
 
-    def importance(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """Mean square of every input feature of every linear, float32 [in], by weight name. Three digits are enough."""
-        total: dict[str, Tensor] = {}
+    def importance(self, x: Tensor, ids: Tensor, windows: int, ranks: Ranks) -> dict[str, Tensor]:
+        """Mean square of every input feature of every linear, float32 [in], by weight name. Three digits are enough.
+
+        Over so many windows, of which x [k, L, D] are this process's (tpvc.passes.share). Sums over AT_ONCE windows are
+        added up in the order of these, whoever has them.
+        """
+        lots: list[dict[str, Tensor]] = []
 
         def watch(node: Node, inputs: list[Tensor]) -> None:
             if node.op == "linear":
-                square = inputs[0].square().sum((0, 1))
-                name = node.params["weight"]
-                total[name] = total[name] + square if name in total else square
+                lots[-1][node.params["weight"]] = inputs[0].square().sum((0, 1))
 
         for part, own in zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
+            lots.append({})
             self.output(part, self.weights, own, watch, QUICK)
-        return {name: value / (x.shape[0] * x.shape[1]) for name, value in total.items()}
+        count, tokens = -(-windows // AT_ONCE), windows * x.shape[1]
+        return {
+            name: reduce(torch.add, ranks.dealt(torch.stack([lot[name] for lot in lots]), count)) / tokens
+            for name in lots[0]
+        }
 
 
 def full_windows(tokens: Tensor, adapter_ids: Tensor) -> dict[str, Tensor]:

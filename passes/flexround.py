@@ -22,12 +22,16 @@ Likewise every window begins with one of the soft prompts that stand beside the 
 
 Where activations are rounded (`round_rows` nodes), the rounded block rounds them in every forward pass, with a
 straight-through gradient, and the float block does not: what is learned makes up for both roundings.
+
+Where several processes share the work, each has its share of the windows and of both streams (share.py), computes its
+part of every batch, and adds up gradients with the others; all take the same steps.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,12 +43,14 @@ from tpvc.compiler.program import Grid, Program, QTensor, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
+from tpvc.compiler.tuning.parallel import ALONE, Ranks, SharedStore
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, relative_error, spread
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.factors import Factors
 from tpvc.passes.grid import Range, min_max, on_grid
 from tpvc.passes.grid_search import search
-from tpvc.passes.static_inputs import recorded, with_grids, with_recorded
+from tpvc.passes.share import Share
+from tpvc.passes.static_inputs import looked_at, recorded, with_grids, with_recorded
 
 
 @dataclass(frozen=True)
@@ -92,23 +98,35 @@ def held_out(recipe: Recipe, windows: int) -> int:
     return min(recipe.held_out, windows // 8)
 
 
+def most_processes(recipe: Recipe, windows: int) -> int:
+    """How many can share so many windows: each has a part of every batch, and of what importance is found on."""
+    training = windows - held_out(recipe, windows)
+    return min(recipe.batch, training, -(-min(IMPORTANCE_WINDOWS, training) // AT_ONCE))
+
+
 @dataclass(frozen=True)
 class FlexRound:
     """The pass. Returns the Program with integer weights in every block; records of each block lie in `store`.
 
     windows      int64 [n, L] calibration tokens
     scale_dtype  dtype the scales are stored in; they are exact in it
+    ranks        the processes that share the windows
     A finished block found in `store` is taken as it is, so an interrupted run goes on where it stopped.
     """
 
     grid: Grid
     recipe: Recipe
     windows: Tensor
-    store: BlockStore
+    store: BlockStore | SharedStore
     seed: int = 0
     scale_dtype: torch.dtype = torch.float32
     device: str = "cpu"
     progress: Progress = silent
+    ranks: Ranks = ALONE
+
+    @property
+    def share(self) -> Share:
+        return Share(self.ranks, len(self.windows))
 
     def __call__(self, program: Program) -> Program:
         nodes = tuple(n for n in program.nodes if n.block is not None)
@@ -125,12 +143,16 @@ class FlexRound:
             streams = self.store.streams(finished - 1)
             exact, rounded = streams["exact"], streams["rounded"]
         else:
-            exact = rounded = embedded(program, behind_prompts(self.windows, program), ids)
+            own = self.share.own
+            exact = rounded = embedded(program, behind_prompts(self.windows, program)[own], ids[own])
         for index in range(finished, program.blocks):
             self.progress("FlexRound", index, program.blocks, f"block {index}")
             give_back()
             began = time.perf_counter()
-            program = with_grids(program, index, rounded, ids, self.scale_dtype, self.device)
+            first = range(min(looked_at(program), len(ids)))
+            seen = self.share.rows(rounded, first), ids[: len(first)]
+            program = with_grids(program, index, *seen, self.scale_dtype, self.device)
+            del seen
             fit = self._fit(program, index, exact, rounded, ids)
             exact, rounded = fit.exact, fit.rounded
             record = {**fit.record, **recorded(program, index), "seconds": time.perf_counter() - began}
@@ -142,20 +164,20 @@ class FlexRound:
 
     @torch.no_grad()
     def _fit(self, program: Program, index: int, exact: Tensor, rounded: Tensor, ids: Tensor) -> Fit:
-        """Learn the rounding of one block and move both streams through it."""
-        grid, dtype = self.grid, self.scale_dtype
+        """Learn the rounding of one block and move both streams, of which this process has its share, through it."""
+        grid, dtype, share, own = self.grid, self.scale_dtype, self.share, ids[self.share.own]
         block = Block(program, index, self.device)
         nodes = linears(block.nodes)
         weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
-        target = block.outputs(exact, block.weights, ids, EXACT)
-        _check_finite(program, index, target, ids)
+        target = block.outputs(exact, block.weights, own, EXACT)
+        _check_finite(program, index, target, own)
 
         nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}
         start = nearest
         if self.recipe.searched:
-            few = max(IMPORTANCE_WINDOWS, len(program.adapters) + 1)
-            seen = slice(0, min(few, self._training(len(rounded))))
-            importance = block.importance(rounded[seen], ids[seen])
+            first = min(max(IMPORTANCE_WINDOWS, len(program.adapters) + 1), self._training)
+            few = slice(0, share.among(first))
+            importance = block.importance(rounded[few], own[few], first, self.ranks)
             start = {name: search(w, importance[name], grid, dtype) for name, w in weights.items()}
         factors = {n: self.factors(w, start[n], index) for n, w in weights.items()}
         candidates = {
@@ -167,11 +189,14 @@ class FlexRound:
         give_back()
         candidates["learned"] = {n: f.frozen(grid, dtype) for n, f in factors.items()}
 
-        judged = slice(self._training(len(rounded)), None) if held_out(self.recipe, len(rounded)) else slice(0, AT_ONCE)
-        errors = {}
-        for kind, chosen in candidates.items():
-            output = block.outputs(rounded[judged], block.with_rounded(chosen), ids[judged])
-            errors[kind] = relative_error(output, target[judged])
+        judged = range(self._training, len(ids)) if self._training < len(ids) else range(min(AT_ONCE, len(ids)))
+        x, wanted = share.rows(rounded, judged), share.rows(target, judged)
+
+        def error(chosen: dict[str, QTensor]) -> float:
+            return relative_error(block.outputs(x, block.with_rounded(chosen), ids[judged.start : judged.stop]), wanted)
+
+        found = self.ranks.each([partial(error, chosen) for chosen in candidates.values()])
+        errors = dict(zip(candidates, found, strict=True))
         kept = min(errors, key=lambda kind: errors[kind])
         params = candidates[kept]
         rtn = candidates["nearest"]
@@ -185,11 +210,12 @@ class FlexRound:
             "curve": curve,
             "linears": [linear_record(n, params[n.params["weight"]], rtn[n.params["weight"]]) for n in nodes],
         }
-        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), ids))
+        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), own))
 
-    def _training(self, windows: int) -> int:
+    @property
+    def _training(self) -> int:
         """How many windows, from the first, the optimiser may see."""
-        return windows - held_out(self.recipe, windows)
+        return len(self.windows) - held_out(self.recipe, len(self.windows))
 
     def factors(self, weight: Tensor, span: Range, index: int) -> Factors:
         """Where learning starts for a weight [out, in] of block `index`."""
@@ -203,8 +229,12 @@ class FlexRound:
     def learn(
         self, block: Block, factors: dict[str, Factors], rounded: Tensor, target: Tensor, ids: Tensor, index: int
     ) -> list:
-        """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square."""
-        recipe, top = self.recipe, 2**self.grid.bits - 1
+        """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square.
+
+        rounded, target  this process's share of what enters the rounded block and leaves the float one
+        ids              of all windows
+        """
+        recipe, top, share = self.recipe, 2**self.grid.bits - 1, self.share
         if recipe.steps == 0:
             return []
         groups = [{"params": [p for f in factors.values() for p in (*f.s2, f.log_s3)], "lr": recipe.lr}]
@@ -213,8 +243,9 @@ class FlexRound:
         optimizer = torch.optim.Adam(groups, eps=1e-12, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
         draw = torch.Generator().manual_seed(self._seed(index))
-        training = self._training(len(rounded))
-        power = float(target[:training].square().mean())
+        training = self._training
+        own = share.among(training)
+        power = self.ranks.summed(float(target[:own].square().mean()) * (own / training))
         order: list[int] = []
         curve = []
         ops = QUICK if self.grid.bits <= 4 else OPS
@@ -223,10 +254,13 @@ class FlexRound:
                 order = torch.randperm(training, generator=draw).tolist()
             batch, order = order[: recipe.batch], order[recipe.batch :]
             weights = {n: f.rounded(top, self.scale_dtype) for n, f in factors.items()}
-            output = block.output(rounded[batch], {**block.weights, **weights}, ids[batch], ops=ops)
-            loss = (output - target[batch].to(self.device)).square().mean() / power
+            mine = self.ranks.own(batch)
+            x, wanted = (self.ranks.own(share.rows(stream, batch)) for stream in (rounded, target))
+            output = block.output(x, {**block.weights, **weights}, ids[mine], ops=ops)
+            loss = (output - wanted.to(self.device)).square().mean() / power * (len(mine) / len(batch))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            self.ranks.whole(loss, (p for group in groups for p in group["params"]))
             optimizer.step()
             schedule.step()
             if step % max(1, recipe.steps // 20) == 0 or step == recipe.steps - 1:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.loop import Schedule, descend
+from tpvc.compiler.tuning.parallel import ALONE, Ranks, SharedStore
 from tpvc.compiler.verify import ports
 from tpvc.passes.block import behind_prompts, embedded, full_windows, spread
 from tpvc.passes.grid import storable
+from tpvc.passes.share import Share
 
 NORMS = ("rms_norm", "layer_norm")
 WARMUP = 0.1
@@ -55,6 +57,7 @@ class TuneScales:
     windows             int64 [n, L] calibration tokens, those of block-wise rounding
     blocks              where the blocks were rounded: it holds the float model's last stream
     store               where this step keeps its state
+    ranks               the processes that share the windows
     """
 
     rounds: float
@@ -62,11 +65,12 @@ class TuneScales:
     lr: float
     held_out: int
     windows: Tensor
-    blocks: BlockStore
-    store: BlockStore
+    blocks: BlockStore | SharedStore
+    store: BlockStore | SharedStore
     seed: int = 0
     device: str = "cpu"
     progress: Progress = silent
+    ranks: Ranks = ALONE
 
     @property
     def schedule(self) -> Schedule:
@@ -82,20 +86,26 @@ class TuneScales:
         model = Tunable.of(program, self.device)
         short = any(isinstance(v, QTensor) and v.grid.bits <= 4 for v in model.values.values())
         ops = QUICK if short else OPS
-        data = Streams(program, self.windows, self.blocks)
+        data = Streams(program, self.windows, self.blocks, self.ranks)
 
         def step(optimizer: torch.optim.Optimizer, indices: list[int], number: int) -> list[float]:
-            loss = model.divergence(*data.rows(indices), ops)
+            own = [self.ranks.own(rows) for rows in data.rows(indices)]
+            loss = model.divergence(*own, ops) * (len(own[0]) / len(indices))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            self.ranks.whole(loss, model.factors.values())
             optimizer.step()
             return [loss.item()]
 
         @torch.no_grad()
         def validate() -> list[float]:
             held = torch.arange(self._training, len(self.windows)).split(self.batch)
-            total = sum(float(model.divergence(*data.rows(part.tolist()), ops)) * len(part) for part in held)
-            return [total / self.held_out]
+
+            def divergence(first: Tensor, last: Tensor, ids: Tensor) -> float:
+                return float(model.divergence(first, last, ids, ops)) * len(ids)
+
+            parts = [partial(divergence, *data.rows(part.tolist())) for part in held]
+            return [sum(self.ranks.each(parts)) / self.held_out]
 
         lengths = [1] * self._training
         judge = validate if self.held_out else None
@@ -119,11 +129,16 @@ class Streams:
 
     program: Program
     windows: Tensor
-    blocks: BlockStore
+    blocks: BlockStore | SharedStore
+    ranks: Ranks = ALONE
 
     def rows(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(first, last, ids) of some windows."""
-        return self.first[indices], self.last[indices], self.ids[indices]
+        """(first, last, ids) of some windows, whoever has them."""
+        return self.share.rows(self.first, indices), self.share.rows(self.last, indices), self.ids[indices]
+
+    @property
+    def share(self) -> Share:
+        return Share(self.ranks, len(self.windows))
 
     @cached_property
     def ids(self) -> Tensor:
@@ -131,7 +146,8 @@ class Streams:
 
     @cached_property
     def first(self) -> Tensor:
-        return embedded(self.program, behind_prompts(self.windows, self.program), self.ids)
+        own = self.share.own
+        return embedded(self.program, behind_prompts(self.windows, self.program)[own], self.ids[own])
 
     @cached_property
     def last(self) -> Tensor:

@@ -73,6 +73,7 @@ Examples:
   tpvc quantize MODEL -o out --road a=./a --road b=./b   one integer base under two adapters
   tpvc quantize MODEL -o out --road a=./a --fold         one adapter, in the integers
   tpvc quantize MODEL -o out --prompt a=./a --prompt b=./b   and under two soft prompts
+  torchrun --nproc-per-node 2 --no-python tpvc quantize MODEL -o out   calibration windows shared by two processes
 
 \b
 OUT is a checkpoint that transformers loads as it stands (compressed-tensors), with tpvc.json
@@ -111,14 +112,19 @@ def command(
 
     from tpvc.compiler.bench import peak_bytes
     from tpvc.compiler.pipeline import quantize
+    from tpvc.compiler.progress import silent
+    from tpvc.compiler.tuning.parallel import is_first
 
     options |= {**grid, "head_bits": int(head_bits), "steps": iters, "roads": named_directories("--road", road)}
     options["prompts"] = named_directories("--prompt", prompt)
     try:
         with console.Bars() as bars:
-            _, took = console.measured(lambda: quantize(model, out, progress=bars, **options))
+            progress = bars if is_first() else silent
+            _, took = console.measured(lambda: quantize(model, out, progress=progress, **options))
     except KeyboardInterrupt as interrupt:
         raise click.Abort("interrupted; the same command goes on after the last finished block") from interrupt
+    if not is_first():
+        return
     manifest = json.loads((out / "tpvc.json").read_text())
     if as_json:
         console.print_json({"directory": str(out), "seconds": took, "peak_bytes": peak_bytes(), "manifest": manifest})
