@@ -104,6 +104,34 @@ def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
     return _svg(parts, WIDTH, math.ceil(top + cell * len(names)) + 14)
 
 
+def tiles(blocks: Sequence[int], rows: Sequence[tuple[str, Sequence[int | None]]], unit: str) -> str:
+    """A small number for every row and block, the larger, the fuller its tile; None is left empty."""
+    longest = max(len(name) for name, _ in rows)
+    left, tall = 16 + 7 * longest, 26
+    cell = min(64.0, (WIDTH - left - RIGHT) / len(blocks))
+    size = min(11.0, 0.6 * cell)
+    most = max(value for _, values in rows for value in values if value is not None)
+    parts = []
+    for i, (name, values) in enumerate(rows):
+        y = TOP + tall * i
+        parts.append(f'<text x="{left - 8}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        for j, (block, value) in enumerate(zip(blocks, values, strict=True)):
+            if value is None:
+                continue
+            x, fill = left + cell * j, 0.1 + 0.6 * value / most
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{cell - 1:.1f}" height="{tall - 1}" fill="var(--accent)"'
+                f' fill-opacity="{fill:.2f}"><title>block {block}, {escape(name)}: {value} {unit}</title></rect>'
+                f'<text x="{x + cell / 2:.1f}" y="{y + tall / 2 + size / 3:.1f}" text-anchor="middle"'
+                f' style="fill:var(--ink);font-size:{size:.1f}px;pointer-events:none">{value}</text>'
+            )
+    every, below = math.ceil(len(blocks) / 20), TOP + tall * len(rows) + 16
+    for j, block in enumerate(blocks):
+        if j % every == 0:
+            parts.append(f'<text x="{left + cell * (j + 0.5):.1f}" y="{below}" text-anchor="middle">{block}</text>')
+    return _svg(parts, WIDTH, below + 8)
+
+
 def _svg(parts: Sequence[str], width: int, height: int) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
 

@@ -23,7 +23,7 @@ from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
-from tpvc.compiler.program import Grid, Node, Program, grid_of, linears, prompt_ids, read, sha256
+from tpvc.compiler.program import Grid, Grids, Node, Program, described, grid_of, linears, prompt_ids, read, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import Ranks, SharedStore, processes, ranks
@@ -36,9 +36,11 @@ from tpvc.passes.checks import check_float, check_grid
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out, most_processes
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.fold_road import FoldRoad, as_stored
+from tpvc.passes.measure_damage import MeasureDamage
 from tpvc.passes.reorder import check_order
-from tpvc.passes.round_activations import STATIC, RoundActivations, check_kind
+from tpvc.passes.round_activations import FP8_BITS, STATIC, RoundActivations, check_kind
 from tpvc.passes.round_to_nearest import RoundToNearest
+from tpvc.passes.spend_bits import WIDTHS, Fused, average, check_budget, fused, grids, spend
 from tpvc.passes.static_inputs import StaticInputs
 from tpvc.passes.tune_scales import TuneScales
 
@@ -47,7 +49,8 @@ def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    bits: int = 4,
+    bits: int | None = None,
+    avg_bits: float | None = None,
     group: int | None = None,
     symmetric: bool = False,
     activations: str | None = None,
@@ -68,8 +71,11 @@ def quantize(
 ) -> Path:
     """Quantise `model` block by block into the directory `out`, a checkpoint that transformers loads as it stands.
 
-    bits, group, symmetric  the grid of the block linears: 2..8; columns per scale, -1 per channel, 0 per tensor, None:
-                            the largest of 128, 64, 32 that divides every weight, and -1 for W8A8
+    bits, group, symmetric  the grid of the block linears: 2..8 (None: 4); columns per scale, -1 per channel, 0 per
+                            tensor, None: the largest of 128, 64, 32 that divides every weight, and -1 for W8A8
+    avg_bits                in place of bits: 2, 3, 4 or 8 for each group of linears that read one value, so that codes,
+                            scales and zero points of the block linears take so many bits a weight at most, where it
+                            costs least, as measured on calibration text
     activations             "int8" or "fp8": what block linears read is rounded per token, while the model runs (W8A8,
                             W4A8); "int8-static": on one grid for all tokens, found on the calibration text, and per
                             token where none holds them; None: it stays in float
@@ -93,6 +99,7 @@ def quantize(
     job = prepare(
         model,
         bits=bits,
+        avg_bits=avg_bits,
         group=group,
         symmetric=symmetric,
         activations=activations,
@@ -112,10 +119,10 @@ def quantize(
     progress("load", 1, 1, "")
 
     calibration = None
-    if calibrated(method, activations):
+    if calibrated(method, activations, avg_bits):
         calibration = calibrate(program, tokenizer, dataset, nsamples, seqlen, seed, progress=progress)
     options = {
-        "bits": bits,
+        **({"bits": grid.bits} if avg_bits is None else {"avg_bits": avg_bits}),
         "group": grid.group,
         "symmetric": symmetric,
         "method": method,
@@ -143,6 +150,10 @@ def quantize(
         closing = own.store(work / BLOCKS / CLOSING, identity, replace=True)
         if own.rank == 0 and store.finished(0) is None:
             _check_finite(program, progress)
+        chosen_bits = None
+        if avg_bits is not None:
+            measured = own.store(work / BLOCKS / MEASURED, identity, replace=True)
+            grid, chosen_bits = _choose_bits(job, options, calibration, measured, progress)
         passes = _passes(grid, options, chosen, calibration, store, closing, progress, own)
         rounded = program
         for rounding in passes:
@@ -151,6 +162,8 @@ def quantize(
             return out  # process 0 writes
         rounded = as_stored(rounded, source)
         manifest, timings = _manifest(source, rounded, store, options, calibration, [*job.adapting, *passes])
+        if chosen_bits is not None:
+            manifest["chosen_bits"] = chosen_bits
         progress("write", 0, 1, str(out))
         huggingface.emit(rounded, work / ARTEFACT, tokenizer, manifest)
         manifest = json.loads((work / ARTEFACT / MANIFEST).read_text(encoding="utf-8"))
@@ -166,6 +179,8 @@ class Job:
     source          the model
     program         the same with what is deployed beside its weights: `source` under the passes `adapting`
     roads, prompts  what those passes brought
+    grid            of the block linears; with avg_bits its bits are the largest width that they pay for everywhere
+    fused           with avg_bits: the groups that bits are chosen for, without damages
     """
 
     source: Program
@@ -176,12 +191,15 @@ class Job:
     grid: Grid
     recipe: Recipe
     seqlen: int
+    avg_bits: float | None = None
+    fused: tuple[Fused, ...] = ()
 
 
 def prepare(
     model: str | Path,
     *,
-    bits: int = 4,
+    bits: int | None = None,
+    avg_bits: float | None = None,
     group: int | None = None,
     symmetric: bool = False,
     activations: str | None = None,
@@ -196,6 +214,9 @@ def prepare(
     prompts: Mapping[str, str | Path] | None = None,
 ) -> Job:
     """Options of `quantize` and what they mean for `model`. TpvcError for what it would refuse before it starts."""
+    if bits is not None and avg_bits is not None:
+        raise TpvcError(f"found {bits} bits for every weight and {avg_bits:g} on average; give one of them")
+    bits = 4 if bits is None else bits
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
     if activations is not None:
         check_kind(activations, bits)
@@ -219,15 +240,23 @@ def prepare(
     nodes = tuple(n for n in program.nodes if n.block is not None)
     check_grid(grid, program, nodes)
     check_float(program, nodes)
+    groups: tuple[Fused, ...] = ()
+    if avg_bits is not None:
+        groups = fused(program, grid, scale_dtype(source), [b for b in WIDTHS if activations != "fp8" or b <= FP8_BITS])
+        check_budget(groups, avg_bits)
+        everywhere = {b: average(groups, [b] * len(groups)) for b in groups[0].costs}
+        grid = replace(grid, bits=max(b for b, cost in everywhere.items() if cost <= avg_bits))
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
-    if calibrated(method, activations):
+    if calibrated(method, activations, avg_bits):
         _check_windows(program, nsamples, seqlen)
-    return Job(source, program, tuple(adapting), adapters, tasks, grid, chosen, seqlen)
+    return Job(source, program, tuple(adapting), adapters, tasks, grid, chosen, seqlen, avg_bits, groups)
 
 
 CLOSING = "closing"
 """Where, among the finished blocks, the closing step keeps its state."""
+MEASURED = "measured"
+"""Likewise the blocks on which bits were tried."""
 CHECKPOINTS = ("vllm", "gptq", "gptq_v2", "awq")
 EXPORTS = ("onnx", "triton", *CHECKPOINTS)
 """What `export` writes, and which of it are checkpoints."""
@@ -341,9 +370,9 @@ Adapting = RoundActivations | BankPrompt | BankRoad | FoldRoad
 Rounding = FlexRound | RoundToNearest | StaticInputs | TuneScales
 
 
-def calibrated(method: str, activations: str | None) -> bool:
+def calibrated(method: str, activations: str | None, avg_bits: float | None = None) -> bool:
     """Whether a run of `quantize` looks at calibration text."""
-    return method == "flexround" or activations == STATIC
+    return method == "flexround" or activations == STATIC or avg_bits is not None
 
 
 def default_group(program: Program) -> int:
@@ -409,8 +438,28 @@ def _check_finite(program: Program, progress: Progress) -> None:
     progress("check", len(names), len(names), "")
 
 
+def _choose_bits(
+    job: Job, options: dict[str, Any], calibration: Calibration, store: SharedStore, progress: Progress
+) -> tuple[dict[str, Grid], dict[str, Any]]:
+    """(grid of every block linear by its weight, what the manifest says about the choice)."""
+    searched = options["method"] == "flexround" and job.recipe.searched
+    seed, device, dtype = options["seed"], options["device"], getattr(torch, options["scale_dtype"])
+    measure = MeasureDamage(job.grid, searched, calibration.tokens, store, seed, dtype, device, progress)
+    groups = measure(job.program, job.fused)
+    widths = spend(groups, job.avg_bits)
+    return grids(groups, widths, job.grid), {
+        "asked": job.avg_bits,
+        "taken": average(groups, widths),
+        "codes": sum(g.numbers * b for g, b in zip(groups, widths, strict=True)) / sum(g.numbers for g in groups),
+        "groups": [
+            {"block": g.block, "names": g.names, "bits": b, "damages": {str(k): d for k, d in g.damages.items()}}
+            for g, b in zip(groups, widths, strict=True)
+        ],
+    }
+
+
 def _passes(
-    grid: Grid,
+    grid: Grids,
     options: dict[str, Any],
     recipe: Recipe,
     calibration: Calibration | None,
@@ -494,7 +543,7 @@ def _pass_record(done: Adapting | Rounding) -> dict[str, Any]:
         return {**record, "adapters": [a.name for a in done.roads]}
     if isinstance(done, TuneScales):
         return {**record, "checks": done.checks()}
-    return record if isinstance(done, FoldRoad | StaticInputs) else {**record, "grid": str(done.grid)}
+    return record if isinstance(done, FoldRoad | StaticInputs) else {**record, "grid": described(done.grid)}
 
 
 def _why_float(program: Program, node: Node) -> str:

@@ -54,6 +54,23 @@ class Grid:
         return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
+Grids = Grid | Mapping[str, Grid]
+"""One grid for all matrices, or each matrix's own by the name of the weight."""
+
+
+def grid_for(grids: Grids, weight: str) -> Grid:
+    """The grid that the matrix called `weight` is rounded on."""
+    return grids if isinstance(grids, Grid) else grids[weight]
+
+
+def described(grids: Grids) -> str:
+    """What to call them: one grid by its name, several by their widths."""
+    if isinstance(grids, Grid):
+        return str(grids)
+    found = sorted(set(grids.values()), key=lambda g: g.bits)
+    return ", ".join([f"W{g.bits}" for g in found[:-1]] + [str(found[-1])])
+
+
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """Integer codes with their uniform grid: `w[n, k] = (codes[n, k] - zero[n, k // g]) * scale[n, k // g]`.

@@ -39,6 +39,8 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
     gains = [b["error_rtn"] / b["error"] for b in blocks if b["error_rtn"] and b["error"]]
     learned = any(b["curve"] for b in blocks)
     pictures = []
+    if widths := _widths(manifest):
+        pictures.append(("Bits of each group of linears", charts.tiles(*widths, "bits")))
     if blocks:
         series = [("round to nearest", [b["error_rtn"] for b in blocks])]
         if learned:
@@ -64,6 +66,7 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
         "seconds": sum(timings) or None,
         "pictures": [(title, picture) for title, picture in pictures if picture],
         "curves": curves,
+        "chosen_bits": manifest.get("chosen_bits"),
         "closing": closing,
         "closing_curve": charts.curve(closing) if len(closing) > 1 else None,
         "blocks": blocks,
@@ -79,6 +82,18 @@ def _block(record: dict) -> dict:
     weights = sum(n for n, _ in counted)
     flips = sum(n * f for n, f in counted) / weights if weights else None
     return {"error": None, "error_rtn": None, "curve": [], **record, "linears": linears, "flips": flips}
+
+
+def _widths(manifest: dict) -> tuple[list[int], list[tuple[str, list[int | None]]]] | None:
+    """(blocks, [(the linears of a group by the last parts of their names, their width in every block), ...]) where
+    widths were chosen; None where one was given."""
+    groups = manifest.get("chosen_bits", {}).get("groups", [])
+    blocks = sorted({g["block"] for g in groups})
+    found: dict[str, list[int | None]] = {}
+    for g in groups:
+        name = " ".join(n.rpartition(".")[2].removesuffix("_proj") for n in g["names"])
+        found.setdefault(name, [None] * len(blocks))[blocks.index(g["block"])] = g["bits"]
+    return (blocks, list(found.items())) if found else None
 
 
 def _schemes(blocks: list[dict]) -> str:

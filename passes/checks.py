@@ -7,11 +7,16 @@ import math
 import torch
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Grid, Node, Program, QTensor, grid_of, linears
+from tpvc.compiler.program import Grid, Grids, Node, Program, QTensor, grid_of, linears
 
 
-def check_grid(grid: Grid, program: Program, nodes: tuple[Node, ...]) -> None:
+def check_grid(grids: Grids, program: Program, nodes: tuple[Node, ...]) -> None:
     """Refuse bits outside 2..8 and groups that do not divide every weight, naming those that do."""
+    for grid in [grids] if isinstance(grids, Grid) else set(grids.values()):
+        _check_grid(grid, program, nodes)
+
+
+def _check_grid(grid: Grid, program: Program, nodes: tuple[Node, ...]) -> None:
     if not 2 <= grid.bits <= 8:
         raise TpvcError(f"bits is {grid.bits}; expected a width from 2 to 8")
     if grid.group < -1:

@@ -39,7 +39,7 @@ from torch import Tensor
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.freed import give_back
 from tpvc.compiler.ops import OPS
-from tpvc.compiler.program import Grid, Program, QTensor, linears
+from tpvc.compiler.program import Grid, Grids, Program, QTensor, grid_for, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
@@ -108,13 +108,14 @@ def most_processes(recipe: Recipe, windows: int) -> int:
 class FlexRound:
     """The pass. Returns the Program with integer weights in every block; records of each block lie in `store`.
 
+    grid         of all block linears, or of each
     windows      int64 [n, L] calibration tokens
     scale_dtype  dtype the scales are stored in; they are exact in it
     ranks        the processes that share the windows
     A finished block found in `store` is taken as it is, so an interrupted run goes on where it stopped.
     """
 
-    grid: Grid
+    grid: Grids
     recipe: Recipe
     windows: Tensor
     store: BlockStore | SharedStore
@@ -165,29 +166,30 @@ class FlexRound:
     @torch.no_grad()
     def _fit(self, program: Program, index: int, exact: Tensor, rounded: Tensor, ids: Tensor) -> Fit:
         """Learn the rounding of one block and move both streams, of which this process has its share, through it."""
-        grid, dtype, share, own = self.grid, self.scale_dtype, self.share, ids[self.share.own]
+        dtype, share, own = self.scale_dtype, self.share, ids[self.share.own]
         block = Block(program, index, self.device)
         nodes = linears(block.nodes)
         weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
+        grid = {name: grid_for(self.grid, name) for name in weights}
         target = block.outputs(exact, block.weights, own, EXACT)
         _check_finite(program, index, target, own)
 
-        nearest = {name: min_max(w, grid, dtype) for name, w in weights.items()}
+        nearest = {name: min_max(w, grid[name], dtype) for name, w in weights.items()}
         start = nearest
         if self.recipe.searched:
             first = min(max(IMPORTANCE_WINDOWS, len(program.adapters) + 1), self._training)
             few = slice(0, share.among(first))
             importance = block.importance(rounded[few], own[few], first, self.ranks)
-            start = {name: search(w, importance[name], grid, dtype) for name, w in weights.items()}
-        factors = {n: self.factors(w, start[n], index) for n, w in weights.items()}
+            start = {name: search(w, importance[name], grid[name], dtype) for name, w in weights.items()}
+        factors = {n: self.factors(w, start[n], grid[n], index) for n, w in weights.items()}
         candidates = {
-            "nearest": {n: on_grid(w, nearest[n], grid, dtype) for n, w in weights.items()},
-            "searched": {n: on_grid(w, start[n], grid, dtype) for n, w in weights.items()},
+            "nearest": {n: on_grid(w, nearest[n], grid[n], dtype) for n, w in weights.items()},
+            "searched": {n: on_grid(w, start[n], grid[n], dtype) for n, w in weights.items()},
         }
         give_back()
         curve = self.learn(block, factors, rounded, target, ids, index)
         give_back()
-        candidates["learned"] = {n: f.frozen(grid, dtype) for n, f in factors.items()}
+        candidates["learned"] = {n: f.frozen(grid[n], dtype) for n, f in factors.items()}
 
         judged = range(self._training, len(ids)) if self._training < len(ids) else range(min(AT_ONCE, len(ids)))
         x, wanted = share.rows(rounded, judged), share.rows(target, judged)
@@ -217,10 +219,10 @@ class FlexRound:
         """How many windows, from the first, the optimiser may see."""
         return len(self.windows) - held_out(self.recipe, len(self.windows))
 
-    def factors(self, weight: Tensor, span: Range, index: int) -> Factors:
+    def factors(self, weight: Tensor, span: Range, grid: Grid, index: int) -> Factors:
         """Where learning starts for a weight [out, in] of block `index`."""
         recipe = self.recipe
-        return Factors.start(weight, span, self.grid, recipe.lr_scale == 0, recipe.rank, self._seed(index))
+        return Factors.start(weight, span, grid, recipe.lr_scale == 0, recipe.rank, self._seed(index))
 
     def _seed(self, index: int) -> int:
         return self.seed * 1_000_003 + index
@@ -234,7 +236,8 @@ class FlexRound:
         rounded, target  this process's share of what enters the rounded block and leaves the float one
         ids              of all windows
         """
-        recipe, top, share = self.recipe, 2**self.grid.bits - 1, self.share
+        recipe, share = self.recipe, self.share
+        bits = {name: grid_for(self.grid, name).bits for name in factors}
         if recipe.steps == 0:
             return []
         groups = [{"params": [p for f in factors.values() for p in (*f.s2, f.log_s3)], "lr": recipe.lr}]
@@ -248,12 +251,12 @@ class FlexRound:
         power = self.ranks.summed(float(target[:own].square().mean()) * (own / training))
         order: list[int] = []
         curve = []
-        ops = QUICK if self.grid.bits <= 4 else OPS
+        ops = QUICK if min(bits.values()) <= 4 else OPS
         for step in range(recipe.steps):
             if len(order) < recipe.batch:
                 order = torch.randperm(training, generator=draw).tolist()
             batch, order = order[: recipe.batch], order[recipe.batch :]
-            weights = {n: f.rounded(top, self.scale_dtype) for n, f in factors.items()}
+            weights = {n: f.rounded(2 ** bits[n] - 1, self.scale_dtype) for n, f in factors.items()}
             mine = self.ranks.own(batch)
             x, wanted = (self.ranks.own(share.rows(stream, batch)) for stream in (rounded, target))
             output = block.output(x, {**block.weights, **weights}, ids[mine], ops=ops)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.freed import give_back
-from tpvc.compiler.program import Grid, Node, Program, QTensor, linears, read
+from tpvc.compiler.program import Grid, Grids, Node, Program, QTensor, grid_for, linears, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.passes.checks import check_float, check_grid, linear_record
@@ -40,7 +40,7 @@ class RoundToNearest:
     A head that shares its matrix with the embedding stays shared: the embedding then reads the same integers.
     """
 
-    grid: Grid
+    grid: Grids
     store: BlockStore
     where: str = "blocks"
     scale_dtype: torch.dtype = torch.float32
@@ -63,7 +63,7 @@ class RoundToNearest:
                 rounded = {}
                 for node in linears(nodes):
                     name = node.params["weight"]
-                    rounded[name] = quantize(read(program.params[name]), self.grid, self.scale_dtype)
+                    rounded[name] = quantize(read(program.params[name]), grid_for(self.grid, name), self.scale_dtype)
                 notes = [
                     linear_record(n, rounded[n.params["weight"]], rounded[n.params["weight"]]) for n in linears(nodes)
                 ]

@@ -153,3 +153,18 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(TpvcError, match="No space left"):
         report.write(tmp_path / "report.html", manifest(), [])
+
+
+def test_widths_that_were_chosen_are_a_picture(tmp_path):
+    names = (["q_proj", "k_proj"], ["mlp.down_proj"])
+    groups = [
+        {"block": i, "names": [f"model.layers.{i}.{n}" for n in own], "bits": bits}
+        for i in range(6)
+        for own, bits in zip(names, (2 + i % 3, 8), strict=True)
+    ]
+    chosen = {"asked": 3.5, "taken": 3.4875, "codes": 3.2, "groups": groups}
+    html = html_of(tmp_path, manifest() | {"chosen_bits": chosen}, [])
+    parsed(html)
+    assert "Bits of each group of linears" in html and "3.487" in html and "3.5 were asked for" in html
+    assert html.count("block 4, q k: 3 bits") == html.count("block 5, down: 8 bits") == 1
+    assert "Bits of each group" not in html_of(tmp_path, manifest(), [])

@@ -135,6 +135,12 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--bits", type=int, help="Bits a weight, 2 to 8.  [default: 4]"),
             click.option(
+                "--avg-bits",
+                type=float,
+                help="Instead of --bits: bits a weight on average, with scales and zero points; 2, 3, 4 or 8 for each "
+                "group of linears, as measured.",
+            ),
+            click.option(
                 "--group-size",
                 type=int,
                 help="Input columns that share a scale; -1: one scale per output channel; 0: one per tensor.  "

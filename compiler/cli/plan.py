@@ -19,6 +19,7 @@ Examples:
   tpvc plan smollm2-135m
   tpvc plan ./Llama-3.1-8B --scheme W4A16 --group-size 128 --recipe best
   tpvc plan ./Llama-3.1-8B --scheme W8A8 --to vllm
+  tpvc plan ./Llama-3.1-8B --avg-bits 3.5               every width somewhere, as nobody has measured where
   tpvc plan ./Llama-3.1-8B --bits 3 --to triton --target cuda:90,hip:gfx1100
   tpvc plan someone-elses-gptq                          in integers already: for export alone
 
@@ -41,6 +42,7 @@ def command(
     model: str,
     scheme: str | None,
     bits: int | None,
+    avg_bits: float | None,
     group_size: int | None,
     symmetric: bool | None,
     activations: str | None,
@@ -53,7 +55,7 @@ def command(
     **options: Any,
 ) -> None:
     """Memory, time, size and runtimes of quantising and exporting MODEL, from its headers."""
-    options |= grid_options(scheme, bits, group_size, symmetric, activations)
+    options |= grid_options(scheme, bits, group_size, symmetric, activations, avg_bits)
     check_device(options["device"])
 
     from tpvc.compiler.plan import plan

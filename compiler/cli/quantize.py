@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def grid_options(
     group_size: int | None,
     symmetric: bool | None,
     activations: str | None = None,
+    avg_bits: float | None = None,
 ) -> dict[str, Any]:
-    """{"bits", "group", "symmetric", "activations"} from what was typed.
+    """{"bits", "group", "symmetric", "activations"} and where it was given "avg_bits" from what was typed.
 
     TpvcError when it contradicts itself or is out of range.
     """
@@ -49,15 +51,19 @@ def grid_options(
             typed = "--sym" if symmetric else "--asym"
             raise TpvcError(f"--scheme {scheme} and {typed} contradict each other; give one of them")
         bits, symmetric = int(match[1]), named
-    bits = 4 if bits is None else bits
-    if not 2 <= bits <= 8:
+    if avg_bits is not None and bits is not None:
+        typed = f"--bits {bits}" if scheme is None else f"--scheme {scheme}"
+        raise TpvcError(f"{typed} and --avg-bits {avg_bits:g} contradict each other; give one of them")
+    bits = 4 if bits is None and avg_bits is None else bits
+    if bits is not None and not 2 <= bits <= 8:
         raise TpvcError(f"found {bits} bits, expected 2 to 8; choose with --bits or --scheme")
     if group_size is not None and group_size < -1:
         raise TpvcError(
             f"found group size {group_size}, expected a positive number, -1 (one scale per output channel) "
             "or 0 (one scale per tensor)"
         )
-    return {"bits": bits, "group": group_size, "symmetric": bool(symmetric), "activations": activations}
+    found = {"bits": bits, "group": group_size, "symmetric": bool(symmetric), "activations": activations}
+    return found if avg_bits is None else {**found, "avg_bits": avg_bits}
 
 
 @click.command(
@@ -66,6 +72,7 @@ def grid_options(
 Examples:
   tpvc quantize smollm2-135m -o smollm2-w4
   tpvc quantize ./Qwen2.5-0.5B -o qwen-w3 --bits 3 --group-size 64 --recipe best
+  tpvc quantize ./Qwen2.5-0.5B -o qwen-mixed --avg-bits 3.5    2, 3, 4 or 8 bits, each where it pays
   tpvc quantize model.gguf -o out --bits 4 --group-size -1 --dataset my_texts.jsonl
   tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8      activations in int8, per token
   tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8 --activations int8-static    per tensor
@@ -93,6 +100,7 @@ def command(
     out: Path,
     scheme: str | None,
     bits: int | None,
+    avg_bits: float | None,
     group_size: int | None,
     symmetric: bool | None,
     activations: str | None,
@@ -107,7 +115,7 @@ def command(
 
     FlexRound learns how to round every weight so that the output of its block changes least.
     """
-    grid = grid_options(scheme, bits, group_size, symmetric, activations)
+    grid = grid_options(scheme, bits, group_size, symmetric, activations, avg_bits)
     check_device(options["device"])
 
     from tpvc.compiler.bench import peak_bytes
@@ -142,6 +150,12 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
         ratio = sizes["float_bytes"] / sizes["bytes"]
         before = units.size(sizes["float_bytes"])
         show(f"  weights   {units.size(sizes['bytes'])}, {ratio:.1f} times smaller than {before}")
+    if chosen := manifest.get("chosen_bits"):
+        counts = Counter(g["bits"] for g in chosen["groups"])
+        told = ", ".join(f"{bits} in {counts[bits]}" for bits in sorted(counts))
+        show(
+            f"  bits      {chosen['taken']:.3f} a weight, {chosen['codes']:.3f} of them codes; {told} groups of linears"
+        )
     if blocks:
         rtn, now = (sum(b[k] for b in blocks) / len(blocks) for k in ("error_rtn", "error"))
         show(f"  error     {now:.4g} of a block's output on average; round-to-nearest {rtn:.4g}")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def plan(
     model: str | Path,
     *,
-    bits: int = 4,
+    bits: int | None = None,
+    avg_bits: float | None = None,
     group: int | None = None,
     symmetric: bool = False,
     activations: str | None = None,
@@ -49,7 +50,8 @@ def plan(
 ) -> dict[str, Any]:
     """A plan, JSON-able, for the options of `quantize` and `export`; to: one of EXPORTS, None for all of them.
 
-    grid        of the block linears, None where they are not on one
+    grid        of the block linears, None where they are not on one. With avg_bits nobody has measured yet which width
+                goes where: bytes are those of the average, and every width is somewhere
     size        bytes: "model" (weights, as they lie in files), "artefact" (as `quantize` will write them),
                 "tokenizer", "cache" (keys and values of a token in a Triton package)
     quantize    "host_bytes", "device_bytes": the most that the run holds; "available_bytes": what this machine has
@@ -75,7 +77,8 @@ def plan(
         brought = frontends.with_prompts(frontends.with_roads(source, roads or {}), prompts or {})
         program = without_weights(brought)
     else:
-        options = {"bits": bits, "group": group, "symmetric": symmetric, "activations": activations, "method": method}
+        options = {"bits": bits, "avg_bits": avg_bits, "group": group, "symmetric": symmetric, "method": method}
+        options |= {"activations": activations}
         options |= {"recipe": recipe, "steps": steps, "nsamples": nsamples, "seqlen": seqlen, "head_bits": head_bits}
         options |= {"roads": _texts(roads), "fold": fold, "prompts": _texts(prompts)}
         job = prepare(model, **options)

@@ -21,6 +21,7 @@ from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weig
 from tpvc.compiler.program import Grid, Lazy, Program, QTensor, linears, read
 from tpvc.compiler.sample import HELD, batch_size
 from tpvc.passes.flexround import FlexRound, held_out
+from tpvc.passes.measure_damage import MeasureDamage, length, looked_at
 from tpvc.passes.round_to_nearest import RoundToNearest
 from tpvc.passes.tune_scales import TuneScales
 
@@ -65,7 +66,7 @@ def quantising(
             program = rewrite(program)
         for parameter in program.params.values():
             read(parameter)
-        if method == "flexround" and sampled:
+        if (method == "flexround" or job.avg_bits is not None) and sampled:
             _sample(program, sampled, job.seqlen)
         _round(program, job, method, nsamples, head_bits, seed, device)
         return _peak(counter)
@@ -77,6 +78,8 @@ def _peak(counter: Counter) -> Peak:
 
 def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: int, seed: int, device: str) -> None:
     dtype, store, few = scale_dtype(job.source), Nowhere(), cut(program)
+    if job.avg_bits is not None:
+        _measure(few, program.blocks - few.blocks, job, method, nsamples, seed, device)
     if method == "flexround":
         windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
         recipe = replace(job.recipe, steps=min(2, job.recipe.steps))  # the second one has the state of the first
@@ -93,6 +96,18 @@ def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: in
         RoundToNearest(job.grid, store, scale_dtype=dtype)(few)
     if head_bits != 16:
         RoundToNearest(Grid(head_bits, -1, True), store, "epilogue", dtype)(few)
+
+
+def _measure(program: Program, more: int, job: Job, method: str, nsamples: int, seed: int, device: str) -> None:
+    """What widths cost, with what enters as many more blocks."""
+    windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
+    searched, store = method == "flexround" and job.recipe.searched, Nowhere()
+    seen = min(nsamples, looked_at(program)), min(job.seqlen, length(program)), program.facts.hidden_size
+    _others = [torch.empty(seen) for _ in range(more)]
+    groups = [g for g in job.fused if g.block < program.blocks]
+    MeasureDamage(job.grid, searched, windows, store, seed, scale_dtype(job.source), device).measure(
+        program, groups, program.blocks
+    )
 
 
 def _closing(program: Program, grid: Grid, tokens: int) -> int:

@@ -33,6 +33,7 @@ class Probe:
     text        seconds that tokenizing the calibration text took
     step, batch, search   seconds of an optimiser step, of a forward pass of AT_ONCE windows, of the search of all grids
                 of a block; None where nothing was timed
+    measuring   seconds of measuring what widths cost (passes/measure_damage.py); 0 where bits are given
     closing     seconds of all steps of the closing step (passes/tune_scales.py)
     number      seconds of rounding a number to nearest
     """
@@ -44,6 +45,7 @@ class Probe:
     step: float | None
     batch: float | None
     search: float | None
+    measuring: float | None
     closing: float | None
     number: float | None
 
@@ -65,10 +67,10 @@ def seconds(found: Probe, blocks: int, steps: int, windows: int, held: int, insi
     if found.number is None:
         return None
     if not windows:
-        return (inside + outside) * found.number
+        return found.text + found.measuring + (inside + outside) * found.number
     batches = (2 * windows + (windows - held)) / AT_ONCE_WINDOWS + 3 * max(held, AT_ONCE_WINDOWS) / AT_ONCE_WINDOWS
     block = steps * found.step + math.ceil(batches) * found.batch + found.search
-    return found.text + blocks * block + found.closing + outside * found.number
+    return found.text + found.measuring + blocks * block + found.closing + outside * found.number
 
 
 AT_ONCE_WINDOWS = 8
@@ -80,7 +82,7 @@ def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: s
     from tpvc.compiler import frontends
     from tpvc.compiler.calibration import text_windows
     from tpvc.compiler.freed import give_back
-    from tpvc.compiler.pipeline import prepare, scale_dtype
+    from tpvc.compiler.pipeline import calibrated, prepare, scale_dtype
     from tpvc.passes.static_inputs import with_any_grids
 
     made = prepare(**job)
@@ -91,19 +93,20 @@ def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: s
         size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
     learned, began = job["method"] == "flexround", time.perf_counter()
     sampled = 0
-    if learned:
+    if calibrated(job["method"], job["activations"], made.avg_bits):
         windows, *_ = text_windows(made.program, tokenizer, dataset, nsamples, made.seqlen)
         sampled = nsamples - len(windows)
     text = time.perf_counter() - began
-    step = batch = search = closing = number = None
+    step = batch = search = measuring = closing = number = None
     if timed:
         with torch.no_grad():
             number = _rounding(made, scale_dtype(made.source))
+            measuring = 0.0 if made.avg_bits is None else _measuring(made, learned, number, seed, device)
             if learned:
                 step, batch, search = _learning(made, scale_dtype(made.source), seed, device)
                 closing = _closing(made, nsamples, device) if made.recipe.rounds else 0.0
     give_back()
-    return Probe(_resident(), size, sampled, text, step, batch, search, closing, number)
+    return Probe(_resident(), size, sampled, text, step, batch, search, measuring, closing, number)
 
 
 def _rounding(made: Any, dtype: Any) -> float:
@@ -124,7 +127,6 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
     from tpvc.passes.block import EXACT, Block, spread
     from tpvc.passes.flexround import FlexRound
     from tpvc.passes.grid import min_max
-    from tpvc.passes.grid_search import search
 
     program = _random(made.program)
     block = Block(program, 0, device)
@@ -135,24 +137,56 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
     target = block.outputs(x, block.weights, ids, EXACT)
     batch = _seconds(lambda: block.outputs(x, block.weights, ids, EXACT)) * AT_ONCE_WINDOWS / count
 
-    searched = 0.0
-    if made.recipe.searched:
-        for name in names:
-            weight = block.weights[name]
-            rows = weight if made.grid.group == 0 else weight[: max(1, SLICE // weight.shape[1])]
-            importance = torch.ones(weight.shape[1], device=weight.device)
-            took = _seconds(lambda w=rows, h=importance: search(w, h, made.grid, dtype), warm=False)
-            searched += took * len(weight) / len(rows)
+    searched = _searching(made, [block.weights[name] for name in names], dtype) if made.recipe.searched else 0.0
 
     def learn(steps: int) -> float:
         learning = FlexRound(made.grid, replace(made.recipe, steps=steps, held_out=0), x, None, seed, dtype, device)
         weights = {n: block.weights[n] for n in names}
-        factors = {n: learning.factors(w, min_max(w, made.grid, dtype), 0) for n, w in weights.items()}
+        factors = {n: learning.factors(w, min_max(w, made.grid, dtype), made.grid, 0) for n, w in weights.items()}
         return _seconds(lambda: learning.learn(block, factors, x, target, ids, 0), warm=False)
 
     first = learn(1)
     step = first if first > 5 else (learn(4) - learn(1)) / 3
     return step, batch, searched
+
+
+def _searching(made: Any, weights: list[Any], dtype: Any) -> float:
+    """Seconds of the search of the grids of these matrices."""
+    import torch
+
+    from tpvc.passes.grid_search import search
+
+    searched = 0.0
+    for weight in weights:
+        rows = weight if made.grid.group == 0 else weight[: max(1, SLICE // weight.shape[1])]
+        importance = torch.ones(weight.shape[1], device=weight.device)
+        took = _seconds(lambda w=rows, h=importance: search(w, h, made.grid, dtype), warm=False)
+        searched += took * len(weight) / len(rows)
+    return searched
+
+
+def _measuring(made: Any, learned: bool, number: float, seed: int, device: str) -> float:
+    """Seconds of measuring what widths cost: a pass through the first block, and a few tokens through the head."""
+    import torch
+
+    from tpvc.compiler.pipeline import scale_dtype
+    from tpvc.passes.block import Block, spread
+    from tpvc.passes.measure_damage import DRAWS, FLOAT, MEASURED, MeasureDamage, length, looked_at
+
+    program, dtype = _random(made.program), scale_dtype(made.source)
+    block, windows, few = Block(program, 0, device), looked_at(program), min(16, made.seqlen)
+    tokens = min(made.seqlen, length(program))
+    ids = spread(windows, len(program.adapters))
+    x = torch.randn(windows, tokens, program.facts.hidden_size)
+    once = _seconds(lambda: block.outputs(x, block.weights, ids, FLOAT))
+    groups, searched = [g for g in made.fused if g.block == 0], learned and made.recipe.searched
+    tried = [b for b in groups[0].costs if b <= MEASURED]
+    weights = [block.weights[w] for g in groups for w in g.weights]
+    rounding = _searching(made, weights, dtype) if searched else number * sum(w.numel() for w in weights)
+    measure = MeasureDamage(made.grid, searched, x, None, seed, dtype, device)
+    head = _seconds(lambda: measure.head(program, x[:1, :few], ids[:1]), warm=False) * windows * tokens / few
+    passes = 4 + len(groups) * len(tried) + DRAWS  # forwards, exact, importance, for the gradients; variants; gradients
+    return head + made.program.blocks * (passes * once + len(tried) * rounding)
 
 
 def _closing(made: Any, nsamples: int, device: str) -> float:

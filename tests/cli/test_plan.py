@@ -24,6 +24,18 @@ def test_a_model(ok, tiny_llama, tmp_path):
     assert made["peak_bytes"] > 0  # of this process, which has run other tests: benchmarks/plan_memory.py compares
 
 
+@pytest.mark.parametrize("method", ["rtn", "flexround"])
+def test_an_average(ok, tiny_llama, method):
+    options = ("--group-size", 32, "--recipe", "fast", "--iters", 2, "--nsamples", 8, "--seqlen", 32)
+    found = ok("plan", tiny_llama, "--avg-bits", 4.5, "--method", method, *options)
+    uniform = [ok("plan", tiny_llama, "--bits", b, "--method", method, *options) for b in (3, 4)]
+    assert found["grid"] is None
+    assert uniform[0]["size"]["artefact"] < found["size"]["artefact"] < uniform[1]["size"]["artefact"]
+    assert found["quantize"]["seconds"] > 0 and found["quantize"]["host_bytes"] > 0
+    loads = {v["to"]: v["loads"] for v in found["runtimes"]}
+    assert loads[""] == loads["onnx"] == loads["gptq_v2"] == "yes" and loads["awq"] == "no"
+
+
 def tokenizer_files(folder):
     return [f for f in os.listdir(folder) if f.startswith(("tokenizer", "special", "chat_template"))]
 

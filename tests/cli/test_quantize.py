@@ -36,6 +36,7 @@ def files(folder):
         (("w4a8_asym", None, -1, None, "int8"), (4, -1, False, "int8")),
         (("W4AFP8", None, 128, None), (4, 128, True, "fp8")),
         ((None, 8, -1, True, "int8"), (8, -1, True, "int8")),
+        ((None, None, 64, None, None, 3.5), (None, 64, False, None, 3.5)),
     ],
 )
 def test_grid_options(typed, grid):
@@ -55,6 +56,8 @@ def test_grid_options(typed, grid):
         (("W4A16_ASYM", None, None, True), "W4A16_ASYM and --sym contradict"),
         (("W4A16", None, None, False), "W4A16 and --asym contradict"),
         ((None, None, -2, None), "found group size -2"),
+        ((None, 3, None, None, None, 3.5), "--bits 3 and --avg-bits 3.5 contradict each other"),
+        (("W4A16", None, None, None, None, 3.5), "--scheme W4A16 and --avg-bits 3.5 contradict each other"),
     ],
 )
 def test_grid_options_refuse(typed, says):

@@ -6,7 +6,8 @@ import torch
 from tpvc.compiler import frontends
 from tpvc.compiler.pipeline import export, prepare, quantize
 from tpvc.compiler.plan.disk import checkpoint_bytes, onnx_bytes, triton_bytes
-from tpvc.compiler.plan.outcome import outcome
+from tpvc.compiler.plan.outcome import imagined_grids, outcome
+from tpvc.passes.spend_bits import average
 
 GRIDS = (
     {"bits": 4, "group": 32, "symmetric": True},
@@ -72,3 +73,14 @@ def test_triton(both, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     header = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") + 8
     assert triton_bytes(planned, torch.float16) == weights(tmp_path) - header
+
+
+@pytest.mark.parametrize("avg_bits", [3.0, 3.6, 5.0])
+def test_an_average_is_met_and_every_width_is_somewhere(tiny_llama, avg_bits):
+    """Of 8 groups; they fall short of the average by less than the largest of them, a sixth, takes to get 4 more."""
+    job = prepare(tiny_llama, method="rtn", avg_bits=avg_bits, group=64)
+    found = imagined_grids(job)
+    widths = [found[g.weights[0]].bits for g in job.fused]
+    assert avg_bits - 4 / 6 < average(job.fused, widths) <= avg_bits
+    assert len(set(widths)) >= 3
+    assert checkpoint_bytes(outcome(job, 8)) > 0

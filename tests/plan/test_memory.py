@@ -37,6 +37,9 @@ def test_adapters_prompts_activations_and_sampling_run_too(tiny_llama, write_ada
         {"activations": "int8", "bits": 8},
         {"sampled": 16},
         {"bits": 3, "group": 0, "symmetric": True},
+        {"avg_bits": 4.0},
+        {"avg_bits": 4.0, "method": "rtn"},
+        {"avg_bits": 4.0, "roads": {"loud": road}},
     ):
         assert peak(tiny_llama, **options).host > 0
 

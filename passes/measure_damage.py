@@ -1,0 +1,168 @@
+"""What rounding a few linears at a time costs the whole model, to be added up.
+
+With the linears of one group rounded and all else in float, the output of their block moves by d, and
+
+    KL(float || rounded)  =  1/2 E_y[(g_y . d)^2]  + higher orders,      g_y = gradient of log p(y) at that output
+
+where y are tokens drawn from the float model's own predictions, one for every position (the Fisher information of the
+logits: E g g^T is the Hessian of KL). So one pass forwards in float and one backwards, block by block, are all that the
+rest of the model is needed for: what a width costs is told by one pass through its own block. g takes as many backward
+passes as there are draws.
+
+The mean is over a few draws on a few windows, and every few tokens of a window are squared by themselves: tokens that
+are further apart hardly add up, and many small squares have a steadier mean than one large one.
+
+Above 4 bits products in bfloat16 would measure their own error; there, damage falls with the square of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tpvc.compiler import interpret
+from tpvc.compiler.freed import give_back
+from tpvc.compiler.program import ROUNDERS, Grid, Program, QTensor, dense
+from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.quick import QUICK
+from tpvc.compiler.store import BlockStore
+from tpvc.compiler.tuning.parallel import ALONE, SharedStore
+from tpvc.passes.block import EXACT, Block, behind_prompts, embedded, full_windows, spread
+from tpvc.passes.checks import check_float
+from tpvc.passes.grid import min_max, on_grid
+from tpvc.passes.grid_search import search
+from tpvc.passes.spend_bits import Fused
+
+WINDOWS = 8
+"""That are looked at, the first ones."""
+LENGTH = 128
+"""Tokens of each, where no soft prompt takes more."""
+TOGETHER = 8
+"""Tokens whose g . d are added before they are squared."""
+DRAWS = 8
+"""Of a token for every position."""
+MEASURED = 4
+"""Bits up to which a width is tried; a wider one is reckoned from this one."""
+FLOAT = {**QUICK, **{op: EXACT[op] for op in ROUNDERS}}
+
+
+@dataclass(frozen=True)
+class MeasureDamage:
+    """Called with a float Program and the groups of its linears it returns these with their damages.
+
+    grid         of all groups but for the bits
+    searched     grids are searched, as FlexRound starts; otherwise they span the extremes, as rounding to nearest does
+    windows      int64 [n, L] calibration tokens
+    store        where the blocks that were measured lie, so that an interrupted run goes on; from the last one down
+    """
+
+    grid: Grid
+    searched: bool
+    windows: Tensor
+    store: BlockStore | SharedStore
+    seed: int = 0
+    scale_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    progress: Progress = silent
+
+    @torch.no_grad()
+    def __call__(self, program: Program, groups: Sequence[Fused]) -> tuple[Fused, ...]:
+        check_float(program, tuple(n for n in program.nodes if n.block is not None))
+        done = program.blocks
+        while done and self.store.finished(done - 1) is not None:
+            done -= 1
+        if done:
+            self.measure(program, groups, done)
+        records = [self.store.finished(index)[1] for index in range(program.blocks)]
+        told = {names: d for r in records for names, d in ((tuple(g["names"]), g["damages"]) for g in r["groups"])}
+        return tuple(replace(g, damages={b: told[g.names][str(b)] for b in g.costs}) for g in groups)
+
+    def measure(self, program: Program, groups: Sequence[Fused], unfinished: int) -> None:
+        """Measure the blocks below `unfinished`, the last one first."""
+        windows = behind_prompts(self.windows[: looked_at(program), : length(program)], program)
+        ids = spread(len(windows), len(program.adapters))
+        entering = [embedded(program, windows, ids)]
+        for index in range(program.blocks if unfinished == program.blocks else unfinished):
+            self.progress("measure bits", 0, program.blocks, f"forwards, block {index}")
+            block = Block(program, index, self.device)
+            entering.append(block.outputs(entering[-1], block.weights, ids, FLOAT))
+        if unfinished == program.blocks:
+            gradients = self.head(program, entering[-1], ids)
+        else:
+            gradients = self.store.streams(unfinished)["gradients"]
+        for index in reversed(range(unfinished)):
+            self.progress("measure bits", program.blocks - 1 - index, program.blocks, f"block {index}")
+            give_back()
+            entering.pop()
+            block, x = Block(program, index, self.device), entering[-1]
+            told = self._damages(block, x, ids, gradients, [g for g in groups if g.block == index])
+            if index:
+                gradients = self._backwards(block, x, ids, gradients)
+            self.store.save(index, {}, {"block": index, "groups": told}, {"gradients": gradients})
+        self.progress("measure bits", program.blocks, program.blocks, "")
+
+    def head(self, program: Program, x: Tensor, ids: Tensor) -> Tensor:
+        """Gradients [DRAWS, n, L, D] of log p(drawn tokens) at what leaves the last block, x [n, L, D]."""
+        names = {name for n in program.epilogue for name in n.params.values()}
+        weights = {name: dense(program.params[name]).to(self.device) for name in names}
+        draw = torch.Generator().manual_seed(self.seed)
+        last, found = program.epilogue[0].inputs[0], torch.empty(DRAWS, *x.shape)
+        for row in range(len(x)):  # logits of one window at a time
+            with torch.enable_grad():
+                leaving = x[row : row + 1].to(self.device).requires_grad_()
+                tokens = torch.empty(leaving.shape[:2], device=self.device, dtype=torch.long)
+                values = full_windows(tokens, ids[row : row + 1].to(self.device)) | {last: leaving}
+                logits = interpret.run(program.epilogue, values, weights.__getitem__, ops=QUICK)
+            chances = logits.detach().softmax(-1)
+            tokens = torch.multinomial(chances[0].cpu(), DRAWS, replacement=True, generator=draw).to(self.device)
+            for i in range(DRAWS):
+                wanted = -chances
+                wanted[0].scatter_add_(1, tokens[:, i : i + 1], torch.ones_like(wanted[0, :, :1]))
+                found[i, row] = torch.autograd.grad(logits, leaving, wanted, retain_graph=i + 1 < DRAWS)[0][0].cpu()
+        return found
+
+    def _backwards(self, block: Block, x: Tensor, ids: Tensor, gradients: Tensor) -> Tensor:
+        """Gradients at what enters a block, x [n, L, D], from those at what leaves it."""
+        with torch.enable_grad():
+            entering = x.to(self.device).requires_grad_()
+            output = block.output(entering, block.weights, ids, ops=FLOAT)
+        draws = [g.to(self.device) for g in gradients]
+        return torch.stack([torch.autograd.grad(output, entering, g, retain_graph=True)[0].cpu() for g in draws])
+
+    def _damages(self, block: Block, x: Tensor, ids: Tensor, gradients: Tensor, groups: list[Fused]) -> list[dict]:
+        """[{"names", "damages": {width: nats a token}}, ...] of the groups of a block."""
+        exact = block.outputs(x, block.weights, ids, FLOAT)
+        importance = block.importance(x, ids, len(x), ALONE) if self.searched else {}
+        told = []
+        for group in groups:
+            damages: dict[int, float] = {}
+            for bits in sorted(group.costs):
+                if bits > MEASURED:
+                    damages[bits] = damages[MEASURED] * ((2**MEASURED - 1) / (2**bits - 1)) ** 2
+                    continue
+                rounded = {w: self._rounded(block.weights[w], importance.get(w), bits) for w in group.weights}
+                moved = block.outputs(x, block.with_rounded(rounded), ids, FLOAT) - exact
+                parts = (gradients * moved).sum(3).double().split(TOGETHER, 2)
+                damages[bits] = float(sum(part.sum(2).square().mean() for part in parts)) / (2 * x.shape[1])
+            kept = {str(b): float(f"{d:.6g}") for b, d in damages.items()}
+            told.append({"names": list(group.names), "damages": kept})
+        return told
+
+    def _rounded(self, weight: Tensor, importance: Tensor | None, bits: int) -> QTensor:
+        grid = replace(self.grid, bits=bits)
+        if importance is None:
+            return on_grid(weight, min_max(weight, grid, self.scale_dtype), grid, self.scale_dtype)
+        return on_grid(weight, search(weight, importance, grid, self.scale_dtype), grid, self.scale_dtype)
+
+
+def looked_at(program: Program) -> int:
+    """How many windows: all adapters have met all prompts in them."""
+    return max(WINDOWS, (len(program.adapters) + 1) * (len(program.prompts) + 1))
+
+
+def length(program: Program) -> int:
+    """Tokens of a window: there is text behind every prompt."""
+    return max(LENGTH, 2 * max((p.tokens for p in program.prompts), default=0))
