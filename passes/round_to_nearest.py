@@ -14,7 +14,7 @@ from tpvc.compiler.store import BlockStore
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.grid import min_max, on_grid
 
-ROWS_AT_ONCE = 1 << 22
+ROWS_AT_ONCE = 1 << 20
 """Weights rounded at a time when rows are independent: bounds the working memory of a large head."""
 
 
