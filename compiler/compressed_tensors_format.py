@@ -51,6 +51,12 @@ ACTIVATIONS = {
 INPUT_PARTS = ("input_scale", "input_zero_point")
 
 
+def cache_scheme(head_dim: int) -> dict:
+    """The `kv_cache_scheme` of keys and values in int8: every head's vector of every token has a scale of its own. What
+    is quantised there is [B, heads, T, d], of which the strategy "token" would be a scale for all tokens of a head."""
+    return {**_TOKEN, "type": "int", "strategy": "group", "group_size": head_dim}
+
+
 @dataclass(frozen=True)
 class Form:
     """packed: codes in 32-bit words, not one a byte; packed_zeros: zero points too, along the rows; activations: a key
@@ -138,13 +144,16 @@ def _unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantization_config(
-    modules: Mapping[str, tuple[Grid, int, Form]], ignore: Iterable[str], conv: Collection[str] = ()
+    modules: Mapping[str, tuple[Grid, int, Form]],
+    ignore: Iterable[str],
+    conv: Collection[str] = (),
+    cache: dict | None = None,
 ) -> dict:
     """The `quantization_config` of config.json for integer modules {name: (grid, in features, form)}.
 
     The largest group that is packed or rounds activations has the target "Linear" and stands last, after the groups
     that name their modules (for compressed-tensors looks at them in order, and warns); `ignore` are the linears left in
-    float.
+    float; `cache` is a `cache_scheme`, None where keys and values stay in float.
     Modules in `conv` are no Linear there (GPT-2's Conv1D). The library would pass over them, and the model run with
     random weights; a key that it does not allow makes it refuse the checkpoint.
     """
@@ -171,7 +180,7 @@ def quantization_config(
         "format": forms.pop() if len(forms) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": cache,
         "ignore": sorted(ignore),
         "config_groups": config_groups,
     }

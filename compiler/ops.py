@@ -76,6 +76,28 @@ def round_tensor(x: Tensor, *, scale: float, zero: int) -> Tensor:
     return _StraightThrough.apply(x.clamp(least * scale, most * scale), (codes * step).to(x.dtype))
 
 
+HEAD_RANGE = 127.0
+HEAD_FLOOR = 1e-20
+"""The least that is taken for the largest entry of a head's vector."""
+
+
+def head_codes(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Every head's vector of x [..., heads * head_dim] on a symmetric grid of its own, as an int8 cache keeps it: codes
+    int8 [..., heads, head_dim], scale float32 [..., heads, 1]. scale = max|x| / 127, code = floor(x / scale + 1/2); in
+    float32, whatever x is."""
+    heads = x.float().unflatten(-1, (-1, head_dim))
+    largest = heads.abs().amax(-1, keepdim=True).clamp(min=HEAD_FLOOR)
+    scale = largest / torch.full_like(largest, HEAD_RANGE)
+    return (heads / scale + 0.5).floor().to(torch.int8), scale
+
+
+def round_heads(x: Tensor, *, head_dim: int) -> Tensor:
+    """code * scale of every head's vector: keys or values [B, T, heads * head_dim] as attention reads them from a cache
+    of 8 bits. The gradient goes straight through, as if nothing was rounded."""
+    codes, scale = head_codes(x.detach(), head_dim)
+    return _StraightThrough.apply(x, (codes.float() * scale).flatten(-2).to(x.dtype))
+
+
 class _StraightThrough(torch.autograd.Function):
     """The second argument, with the gradient going to the first."""
 
@@ -275,6 +297,7 @@ OPS: dict[str, Op] = {
     "reorder": Op(reorder, 1, (), ("order",)),
     "round_rows": Op(round_rows, 1, (), ("kind",)),
     "round_tensor": Op(round_tensor, 1, (), ("scale", "zero")),
+    "round_heads": Op(round_heads, 1, (), ("head_dim",)),
     "rms_norm": Op(rms_norm, 1, ("weight",), ("eps", "plus_one?")),
     "layer_norm": Op(layer_norm, 1, ("weight", "bias?"), ("eps",)),
     "rope": Op(rope, 2, (), ("head_dim", "inv_freq", "magnitude?", "offset?")),

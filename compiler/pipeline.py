@@ -23,7 +23,19 @@ from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
-from tpvc.compiler.program import Grid, Grids, Node, Program, described, grid_of, linears, prompt_ids, read, sha256
+from tpvc.compiler.program import (
+    Grid,
+    Grids,
+    Node,
+    Program,
+    described,
+    grid_of,
+    linears,
+    prompt_ids,
+    read,
+    rounded_cache,
+    sha256,
+)
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import Ranks, SharedStore, processes, ranks
@@ -39,6 +51,7 @@ from tpvc.passes.fold_road import FoldRoad, as_stored
 from tpvc.passes.measure_damage import MeasureDamage
 from tpvc.passes.reorder import check_order
 from tpvc.passes.round_activations import FP8_BITS, STATIC, RoundActivations, check_kind
+from tpvc.passes.round_cache import RoundCache, check_cache
 from tpvc.passes.round_to_nearest import RoundToNearest
 from tpvc.passes.spend_bits import WIDTHS, Fused, average, check_budget, fused, grids, spend
 from tpvc.passes.static_inputs import StaticInputs
@@ -54,6 +67,7 @@ def quantize(
     group: int | None = None,
     symmetric: bool = False,
     activations: str | None = None,
+    cache: str | None = None,
     method: str = "flexround",
     recipe: str = "default",
     steps: int | None = None,
@@ -79,6 +93,8 @@ def quantize(
     activations             "int8" or "fp8": what block linears read is rounded per token, while the model runs (W8A8,
                             W4A8); "int8-static": on one grid for all tokens, found on the calibration text, and per
                             token where none holds them; None: it stays in float
+    cache                   "int8": keys and values are rounded as a cache of 8 bits keeps them, every head of a token
+                            with a scale of its own; None: they stay in float
     method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration by itself
     recipe, steps           a name in RECIPES; steps overrides its optimiser steps per block
     dataset, nsamples, seqlen   calibration: see tpvc.compiler.calibration; seqlen None: 256, or the model's context
@@ -103,6 +119,7 @@ def quantize(
         group=group,
         symmetric=symmetric,
         activations=activations,
+        cache=cache,
         method=method,
         recipe=recipe,
         steps=steps,
@@ -131,6 +148,8 @@ def quantize(
     }
     if activations:
         options |= {"activations": activations}
+    if cache:
+        options |= {"cache": cache}
     if job.roads:
         options |= {"roads": {a.name: a.origin["sha256"] for a in job.roads}, "fold": fold}
     if job.prompts:
@@ -203,6 +222,7 @@ def prepare(
     group: int | None = None,
     symmetric: bool = False,
     activations: str | None = None,
+    cache: str | None = None,
     method: str = "flexround",
     recipe: str = "default",
     steps: int | None = None,
@@ -220,6 +240,8 @@ def prepare(
     _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
     if activations is not None:
         check_kind(activations, bits)
+    if cache is not None:
+        check_cache(cache)
     if fold and len(roads or {}) != 1:
         raise TpvcError(f"folding takes exactly one adapter, found {len(roads or {})}; name one, or do not fold")
     source = program = frontends.load(model)
@@ -229,6 +251,7 @@ def prepare(
     adapters = frontends.read_roads(program, roads or {})
     tasks = frontends.read_prompts(program, prompts or {})
     adapting: list[Adapting] = [RoundActivations(activations)] if activations else []
+    adapting += [RoundCache(cache)] if cache else []
     adapting += [BankPrompt(tasks)] if tasks else []
     adapting += [BankRoad(adapters)] if adapters else []
     adapting += [FoldRoad()] if fold else []
@@ -286,7 +309,8 @@ def export(
                     `targets`, such as "cuda:80,cuda:90,hip:gfx942"
     accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
     portable        also write a twin in standard ONNX operators
-    cache           of a triton package: "int8" keeps keys and values in 8 bits; None: in the 16 bits of the kernels
+    cache           of a triton package: "int8" keeps keys and values in 8 bits; None: in the 16 bits of the kernels, or
+                    in 8 where the artefact was quantised for that
     roads           {name: PEFT directory} of RoAd adapters to be carried along, for a model that has none yet
     prompts         {task: PEFT directory} of soft prompts to be carried along, likewise: virtual tokens for the caller
     task, form      one of the prompts to be folded in, so that the caller feeds text alone: see tpvc.passes.fold_prompt
@@ -318,6 +342,8 @@ def export(
         folding = FoldPrompt(next(p for p in carried if p.name == task), form)
         program = verify(folding(program), after="FoldPrompt")
     tokenizer = frontends.tokenizer(program)
+    if to == "triton":
+        cache = cache or rounded_cache(program)
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": to,
@@ -350,6 +376,8 @@ def export(
         else:
             from tpvc.compiler.backends import onnx
 
+            if rounded_cache(program):
+                manifest["notes"] = [huggingface.float_cache_note("the graph")]
             onnx.emit(program, folder, tokenizer, accuracy_level=accuracy_level, portable=portable)
             manifest["options"] |= {"portable": portable, "accuracy_level": accuracy_level}
             _write_manifest(folder, manifest, "onnx", "onnxruntime", "onnxruntime-genai", "onnx-ir")
@@ -366,7 +394,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], *packages: str) -> N
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
-Adapting = RoundActivations | BankPrompt | BankRoad | FoldRoad
+Adapting = RoundActivations | RoundCache | BankPrompt | BankRoad | FoldRoad
 Rounding = FlexRound | RoundToNearest | StaticInputs | TuneScales
 
 
@@ -535,7 +563,7 @@ def _manifest(
 
 def _pass_record(done: Adapting | Rounding) -> dict[str, Any]:
     record = {"name": type(done).__name__}
-    if isinstance(done, RoundActivations):
+    if isinstance(done, RoundActivations | RoundCache):
         return {**record, "kind": done.kind}
     if isinstance(done, BankPrompt):
         return {**record, "prompts": [p.name for p in done.prompts]}

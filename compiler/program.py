@@ -28,8 +28,10 @@ from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
 
 INPUTS = ("input_ids", "positions", "mask", "adapter_ids")
-ROUNDERS = ("round_rows", "round_tensor")
+INPUT_ROUNDERS = ("round_rows", "round_tensor")
 """The ops that round what linears read."""
+ROUNDERS = (*INPUT_ROUNDERS, "round_heads")
+"""Those, and the one that rounds keys and values."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def linears(nodes: Iterable[Node]) -> tuple[Node, ...]:
 def rounded_inputs(program: Program) -> dict[str, str]:
     """{weight of a linear: how what it reads is rounded}, for linears that read a `round_rows` node ("int8", "fp8") or
     a `round_tensor` node ("int8-static")."""
-    kinds = {n.name: n.attrs.get("kind", "int8-static") for n in program.nodes if n.op in ROUNDERS}
+    kinds = {n.name: n.attrs.get("kind", "int8-static") for n in program.nodes if n.op in INPUT_ROUNDERS}
     return {n.params["weight"]: kinds[n.inputs[0]] for n in linears(program.nodes) if n.inputs[0] in kinds}
 
 
@@ -260,6 +262,11 @@ def input_grids(program: Program) -> dict[str, tuple[float | None, int]]:
     scale is None where nobody has found it yet."""
     grids = {n.name: (n.attrs["scale"], n.attrs["zero"]) for n in program.nodes if n.op == "round_tensor"}
     return {n.params["weight"]: grids[n.inputs[0]] for n in linears(program.nodes) if n.inputs[0] in grids}
+
+
+def rounded_cache(program: Program) -> str | None:
+    """How keys and values are rounded: "int8" (`round_heads` nodes), or None: they stay in float."""
+    return "int8" if any(n.op == "round_heads" for n in program.nodes) else None
 
 
 def adapter_id(program: Program, name: str | None) -> int:

@@ -85,6 +85,9 @@ def _width(check, program: Program, node: Node, widths: dict[str, int | None]) -
             (least, most), scale, zero = TENSOR_RANGE, node.attrs["scale"], node.attrs["zero"]
             check(scale is None or 0 < scale < math.inf, f"scale is {scale}, expected a positive number")
             check(least <= zero <= most, f"zero point is {zero}, expected {least} to {most}")
+        case "round_heads":
+            width = node.attrs["head_dim"]
+            check(width > 0 and given[0] % width == 0, f"{given[0]} features are not whole heads of {width}")
         case "add" | "mul":
             check(given[0] == given[1], f"adds {given[0]} to {given[1]} features")
         case "rotate":

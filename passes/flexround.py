@@ -20,8 +20,9 @@ Where adapters stand beside the weights (`rotate` nodes), every window belongs t
 with its vectors through all blocks; a step therefore sees a drawn few of them, and one integer base serves them all.
 Likewise every window begins with one of the soft prompts that stand beside the embeddings, or with none.
 
-Where activations are rounded (`round_rows` nodes), the rounded block rounds them in every forward pass, with a
-straight-through gradient, and the float block does not: what is learned makes up for both roundings.
+Where activations are rounded (`round_rows` nodes), or keys and values (`round_heads`), the rounded block rounds them in
+every forward pass, with a straight-through gradient, and the float block does not: what is learned makes up for all
+roundings.
 
 Where several processes share the work, each has its share of the windows and of both streams (share.py), computes its
 part of every batch, and adds up gradients with the others; all take the same steps.

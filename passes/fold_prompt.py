@@ -4,7 +4,7 @@ prefix   The prompt's virtual tokens stand before the first tokens of every row:
          with it, once, and lies in the caller's cache.
 kv       The keys and values that the prompt gives every layer are computed now, in the arithmetic of this program (its
          integers, if it is rounded), and become constants. In a causal model they do not depend on what follows, so the
-         prompt costs no prefill; the caller's cache holds the text alone.
+         prompt costs no prefill; the caller's cache holds the text alone. A rounded cache does not round them.
 
 Both equal a caller who feeds the ids that `BankPrompt` gives the prompt. The text begins at position n; the prompt is
 in neither the ids nor the mask nor the logits.
@@ -21,6 +21,7 @@ from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Node, Program, constant_prefix, prompt_ids
 from tpvc.passes.bank_prompt import BankPrompt
+from tpvc.passes.round_cache import float_cache
 
 FORMS = ("prefix", "kv")
 IDS, MASK, POSITIONS, TEXT = "input_ids.prefixed", "mask.prefixed", "positions.prefixed", "last_tokens"
@@ -76,7 +77,7 @@ def _with_keys(banked: Program) -> Program:
     """Keys and values as parameters of every attention node; positions begin behind them."""
     name, count = banked.prompts[0].name, banked.prompts[0].tokens
     cache: interpret.Cache = {}
-    interpret.logits(banked, torch.tensor([prompt_ids(banked, name)]), cache=cache)
+    interpret.logits(float_cache(banked), torch.tensor([prompt_ids(banked, name)]), cache=cache)
     program = BankPrompt(())(banked)
     nodes, params = [], dict(program.params)
     for node in program.nodes:

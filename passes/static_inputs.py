@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.ops import TENSOR_RANGE, round_tensor
-from tpvc.compiler.program import ROUNDERS, Node, Program, linears
+from tpvc.compiler.program import INPUT_ROUNDERS, Node, Program, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
 
@@ -124,7 +124,7 @@ def with_any_grids(program: Program) -> Program:
 
 def recorded(program: Program, index: int) -> dict[str, list]:
     """What a record of block `index` says about how its inputs are rounded; nothing where none is."""
-    told = [{"name": n.name, "op": n.op, **n.attrs} for n in program.block(index) if n.op in ROUNDERS]
+    told = [{"name": n.name, "op": n.op, **n.attrs} for n in program.block(index) if n.op in INPUT_ROUNDERS]
     return {"inputs": told} if told else {}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import export_options, named_directories
+from tpvc.compiler.cli.options import cache_option, export_options, named_directories
 
 
 @click.command(
@@ -68,6 +69,7 @@ under its name; `tpvc verify ARTEFACT OUT` compares hashes and logits too.
     "--prompt", "prompt", multiple=True, metavar="NAME=DIR", help="A soft prompt to carry along; may be repeated."
 )
 @export_options
+@cache_option("Of a triton package: keys and values in 8 bits.  [default: as ARTEFACT was quantised, or 16 bits]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(
@@ -114,8 +116,9 @@ def command(
         then = "the same command goes on after the last finished kernel" if to == "triton" else "nothing was written"
         raise click.Abort(f"interrupted; {then}") from interrupt
     files = {f.relative_to(out).as_posix(): f.stat().st_size for f in sorted(out.rglob("*")) if f.is_file()}
+    notes = json.loads((out / "tpvc.json").read_text()).get("notes", [])
     if as_json:
-        return console.print_json({"directory": str(out), "seconds": took, "files": files})
+        return console.print_json({"directory": str(out), "seconds": took, "files": files, "notes": notes})
     show = console.out().print
     show(f"[bold]{out}[/] written in {units.seconds(took)}")
     binaries = {name: count for name, count in files.items() if name.startswith("kernels/")}
@@ -124,5 +127,7 @@ def command(
             show(f"  {units.size(count):>9}  {name}")
     if binaries:
         show(f"  {units.size(sum(binaries.values())):>9}  kernels/: {len(binaries) - 1} binaries and their manifest")
+    for note in notes:
+        show(f"  note: {note}", markup=False)
     if to == "triton" or "genai_config.json" in files:  # a portable graph alone is for other runtimes
         show(f"  next: {console.run_command(out)}    or    tpvc bench {out} {artefact}")

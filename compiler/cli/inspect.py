@@ -65,7 +65,7 @@ def program_facts(target: str) -> dict[str, Any]:
 
     from tpvc.compiler.chat import parameter_bytes
     from tpvc.compiler.frontends import load, manifest
-    from tpvc.compiler.program import bank_params, grid_of, linears, rounded_inputs
+    from tpvc.compiler.program import bank_params, grid_of, linears, rounded_cache, rounded_inputs
 
     program = load(target)
     rows, rounded = [], rounded_inputs(program)
@@ -90,6 +90,8 @@ def program_facts(target: str) -> dict[str, Any]:
         "weights on disk": units.size(sum(files.values())),
         "bits a weight, loaded": f"{8 * sum(map(parameter_bytes, weights)) / count:.2f}",
     }
+    if rounded_cache(program):
+        described["keys and values"] = "int8, a scale for every head of a token"
     provenance = manifest(program)
     return {
         "kind": "an artefact of tpvc" if provenance else "a model",

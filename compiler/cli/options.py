@@ -21,6 +21,11 @@ device_option = click.option(
 )
 
 
+def cache_option(meaning: str) -> Callable[..., Any]:
+    """`--cache`: of quantize, of export, and of plan, which means both."""
+    return click.option("--cache", type=click.Choice(["int8"]), help=meaning)
+
+
 def named_directories(option: str, given: tuple[str, ...]) -> dict[str, str]:
     """{name: directory} of ("NAME=DIR", ...); the directory's own name where none is given."""
     found: dict[str, str] = {}
@@ -251,11 +256,6 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="GPUS",
                 default="",
                 help="Of a triton package: the GPUs to compile for, as in cuda:80,cuda:90,hip:gfx942.",
-            ),
-            click.option(
-                "--cache",
-                type=click.Choice(["int8"]),
-                help="Of a triton package: keys and values in 8 bits.  [default: 16 bits]",
             ),
         )
     ):

@@ -8,7 +8,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import check_device, export_options, named_directories, quantize_options
+from tpvc.compiler.cli.options import cache_option, check_device, export_options, named_directories, quantize_options
 from tpvc.compiler.cli.quantize import grid_options
 
 
@@ -37,6 +37,7 @@ shapes say; bytes are those of the weights. No option means anything else than i
     help="One runtime's format.  [default: all of them]",
 )
 @export_options
+@cache_option("Keys and values in 8 bits: rounded so by quantize, kept so by a triton package.")
 @console.json_option
 def command(
     model: str,

@@ -12,7 +12,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import check_device, named_directories, quantize_options
+from tpvc.compiler.cli.options import cache_option, check_device, named_directories, quantize_options
 from tpvc.compiler.errors import TpvcError
 
 SCHEME = re.compile(r"W(\d+)A(16|8|FP8)(_ASYM)?", re.IGNORECASE)
@@ -76,6 +76,7 @@ Examples:
   tpvc quantize model.gguf -o out --bits 4 --group-size -1 --dataset my_texts.jsonl
   tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8      activations in int8, per token
   tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8 --activations int8-static    per tensor
+  tpvc quantize ./Llama -o llama-kv8 --cache int8        keys and values in int8
   tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
   tpvc quantize MODEL -o out --road a=./a --road b=./b   one integer base under two adapters
   tpvc quantize MODEL -o out --road a=./a --fold         one adapter, in the integers
@@ -93,6 +94,10 @@ A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
 @click.argument("model")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @quantize_options
+@cache_option(
+    "Round keys and values to 8 bits while the model runs, a scale for every head of a token; a triton package keeps"
+    " them so.  [default: they stay in float]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
 @console.json_option
 def command(

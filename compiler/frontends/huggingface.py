@@ -44,7 +44,8 @@ def load(directory: Path, name: str) -> Program:
     weights = tuple(sorted({t.path for t in found.values()}))
     program = Program(drawn.nodes, params, facts, Source(name, directory, config, weights))
     schemes = {n: _scheme(n, parts[n], drawn, scheme) for n in params}
-    return _with_rounded_inputs(_in_order(program, parts, schemes), schemes, parts)
+    program = _with_rounded_inputs(_in_order(program, parts, schemes), schemes, parts)
+    return _with_rounded_cache(program, scheme, directory)
 
 
 def _in_order(program: Program, parts: Mapping[str, dict], schemes: Mapping[str, Scheme | Packed | None]) -> Program:
@@ -84,6 +85,18 @@ def _with_rounded_inputs(
         grids = {name: input_grid(name, parts[name], schemes[name]) for name in named} if kind == STATIC else None
         program = RoundActivations(kind, named, grids)(program) if named else program
     return program
+
+
+def _with_rounded_cache(program: Program, scheme: Quantization | Packing | None, directory: Path) -> Program:
+    """Keys and values are rounded where the checkpoint says so."""
+    from tpvc.passes.round_cache import RoundCache
+
+    size, width = getattr(scheme, "cache", None), program.facts.head_dim
+    if size not in (None, width):
+        raise TpvcError(
+            f"{directory} keeps keys and values in groups of {size} features; expected whole heads of {width}"
+        )
+    return program if size is None else RoundCache()(program)
 
 
 def _by_parameter(found: Mapping[str, Stored], drawn: Architecture, directory: Path) -> dict[str, dict[str, Stored]]:

@@ -3,8 +3,8 @@
 The tensors are those of `compressed_tensors_format`: the formats "pack-quantized" and "int-quantized"; strategies
 tensor, channel, group, and block with blocks of one row (groups by another name); zero points packed or not.
 Activations are in float, rounded to 8 bits per token while the model runs, or in int8 on one stored grid for a module,
-with a zero point or without. Whatever else a `quantization_config` can say (transforms, sparsity, reordered columns) is
-refused.
+with a zero point or without; keys and values in float, or in int8 with a scale for every head's vector. Whatever else a
+`quantization_config` can say (transforms, sparsity, reordered columns) is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpvc.compiler.compressed_tensors_format import ACTIVATIONS, INPUT_PARTS, METHODS, from_tensors
+from tpvc.compiler.compressed_tensors_format import ACTIVATIONS, INPUT_PARTS, METHODS, cache_scheme, from_tensors
 from tpvc.compiler.errors import TpvcError, short
 from tpvc.compiler.frontends import autoround, awq, gptq, patterns
 from tpvc.compiler.frontends.fields import Config
@@ -59,10 +59,12 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which modules are integers: `groups` pairs targets with a scheme; `ignore` wins."""
+    """Which modules are integers: `groups` pairs targets with a scheme; `ignore` wins. `cache`: features of keys and of
+    values that share a scale of an int8 cache, None where both stay in float."""
 
     groups: tuple[tuple[tuple[str, ...], Scheme], ...]
     ignore: tuple[str, ...]
+    cache: int | None = None
 
     def scheme(self, names: Sequence[str], kind: str) -> Scheme | None:
         """The scheme of a module known by `names` and of class `kind`; None: it stays in float.
@@ -110,7 +112,6 @@ def _quantization(given: Mapping[str, Any]) -> Quantization | Packing:
             f"the checkpoint is quantised with quant_method = {short(method)}; supported: '{METHODS[0]}' with the"
             f" formats {', '.join(FORMATS)}, and {', '.join(PACKINGS)}, so start from the float checkpoint"
         )
-    _check(given.get("kv_cache_scheme") is None, "quantises the key/value cache")
     _check(not (given.get("transform_config") or {}).get("config_groups"), "has a transform_config")
     sparsity = (given.get("sparsity_config") or {}).get("format", "dense")
     _check(sparsity == "dense", f"has sparse weights ({sparsity})")
@@ -123,7 +124,7 @@ def _quantization(given: Mapping[str, Any]) -> Quantization | Packing:
         rows, zero = _activations(name, group.get("input_activations"))
         groups.append((_targets(group.get("targets")), replace(scheme, activations=rows, input_zero=zero)))
     _check(bool(groups), "has no config_groups")
-    found = Quantization(tuple(groups), _targets(given.get("ignore")))
+    found = Quantization(tuple(groups), _targets(given.get("ignore")), _cache(given.get("kv_cache_scheme")))
     every = [t for targets, _ in groups for t in targets] + list(found.ignore)
     patterns.compiled(t[3:] for t in every if t.startswith("re:"))
     return found
@@ -141,7 +142,7 @@ def _check(fact: bool, text: str) -> None:
         raise TpvcError(
             f"the checkpoint's quantization_config {text}, which is not supported; supported: integer weights in the"
             f" formats {', '.join(FORMATS)}, activations in float, rounded to 8 bits per token while the model runs or"
-            " in int8 per tensor"
+            " in int8 per tensor, a key/value cache in float or in int8 with a scale for every head of a token"
         )
 
 
@@ -163,20 +164,38 @@ def _scheme(name: str, form: Any, weights: Mapping[str, Any]) -> Scheme:
     return Scheme(form, bits, bool(weights.get("symmetric", True)), strategy, size)
 
 
+DEFAULTS = {"num_bits": 8, "symmetric": True, "dynamic": False, "type": "int", "strategy": None}
+"""What compressed-tensors takes for a key that is missing."""
+
+
 def _activations(name: str, given: Mapping[str, Any] | None) -> tuple[str | None, bool]:
     """(how a group rounds what its modules read, whether on a grid with a zero point); a missing key has
     compressed-tensors' default."""
     if not given:
         return None, False
-    said = {"num_bits": 8, "symmetric": True, "dynamic": False, "type": "int", "strategy": None} | dict(given)
+    said = DEFAULTS | dict(given)
     if said["strategy"] is None and not said.get("group_size"):
         said["strategy"] = "tensor"
     for kind, own in ACTIVATIONS.items():
         loose = kind == STATIC and isinstance(said["symmetric"], bool)
         if all(said[key] == value for key, value in own.items() if not (loose and key == "symmetric")):
             return kind, kind == STATIC and not said["symmetric"]
-    found = ", ".join(f"{key} {said[key]}" for key in ("num_bits", "type", "symmetric", "strategy", "dynamic"))
-    _check(False, f"rounds activations in {name} with {found}")
+    _check(False, f"rounds activations in {name} with {_listed(said)}")
+
+
+def _listed(said: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {said[key]}" for key in ("num_bits", "type", "symmetric", "strategy", "dynamic"))
+
+
+def _cache(given: Mapping[str, Any] | None) -> int | None:
+    """`Quantization.cache` of a `kv_cache_scheme`."""
+    if given is None:
+        return None
+    said = DEFAULTS | {"group_size": None} | dict(given)
+    size = said["group_size"]
+    ours = isinstance(size, int) and all(said[key] == value for key, value in cache_scheme(size).items())
+    _check(ours, f"keeps the key/value cache with {_listed(said)}")
+    return size
 
 
 def input_grid(name: str, parts: Mapping[str, Stored], scheme: Scheme) -> tuple[float, int]:

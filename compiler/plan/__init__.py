@@ -27,6 +27,7 @@ def plan(
     group: int | None = None,
     symmetric: bool = False,
     activations: str | None = None,
+    cache: str | None = None,
     method: str = "flexround",
     recipe: str = "default",
     steps: int | None = None,
@@ -45,7 +46,6 @@ def plan(
     task: str | None = None,
     form: str = "kv",
     targets: str = "",
-    cache: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """A plan, JSON-able, for the options of `quantize` and `export`; to: one of EXPORTS, None for all of them.
@@ -65,7 +65,7 @@ def plan(
     from tpvc.compiler.plan.imagined import without_weights
     from tpvc.compiler.plan.outcome import outcome
     from tpvc.compiler.plan.runtimes import matrices, verdicts
-    from tpvc.compiler.program import grid_of
+    from tpvc.compiler.program import grid_of, rounded_cache
     from tpvc.kernels.targets import parse
 
     if to is not None and to not in EXPORTS:
@@ -78,7 +78,7 @@ def plan(
         program = without_weights(brought)
     else:
         options = {"bits": bits, "avg_bits": avg_bits, "group": group, "symmetric": symmetric, "method": method}
-        options |= {"activations": activations}
+        options |= {"activations": activations, "cache": cache}
         options |= {"recipe": recipe, "steps": steps, "nsamples": nsamples, "seqlen": seqlen, "head_bits": head_bits}
         options |= {"roads": _texts(roads), "fold": fold, "prompts": _texts(prompts)}
         job = prepare(model, **options)
@@ -91,7 +91,7 @@ def plan(
         run, tokenizer = _run(job, {**asked, "seed": seed, "device": device}, progress)
     progress("plan", 3, 3, "")
     grids = {m.grid for m in matrices(program)}
-    facts, cached = program.facts, 1 if cache == "int8" else 2
+    facts, cached = program.facts, 1 if (cache or rounded_cache(program)) == "int8" else 2
     return {
         "model": str(model),
         "grid": str(grids.pop()) if len(grids) == 1 and None not in grids else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,8 +22,9 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.pipeline import scale_dtype
 from tpvc.compiler.plan.disk import checkpoint_bytes, onnx_bytes, triton_bytes
-from tpvc.compiler.program import Grid, Program, constant_prefix, grid_of, linears, rounded_inputs
+from tpvc.compiler.program import Grid, Program, constant_prefix, grid_of, linears, rounded_cache, rounded_inputs
 from tpvc.kernels.targets import TARGETS, Target
+from tpvc.passes.round_cache import float_cache
 
 YES, NO, MAYBE = "yes", "no", "perhaps"
 
@@ -76,9 +77,17 @@ def verdicts(
 ) -> tuple[Verdict, ...]:
     """Of all runtimes. program: as it will be exported (`outcome`); folded: with a prompt in it, for onnx; targets:
     GPUs of a Triton package, none for all."""
-    found = [_transformers(program), _vllm(program), *_packed(program)]
-    found += [_onnx(folded or program, accuracy_level, portable), *_triton(program, targets or TARGETS)]
-    return tuple(found)
+    found = [_transformers(program)]
+    found += [_told(v, program) for v in (_vllm(program), *_packed(program))]
+    found += [_told(_onnx(float_cache(folded or program), accuracy_level, portable), program)]
+    return (*found, *_triton(program, targets or TARGETS))
+
+
+def _told(found: Verdict, program: Program) -> Verdict:
+    """With what becomes of a rounded cache where there is none."""
+    if found.bytes is None or not rounded_cache(program):
+        return found
+    return replace(found, path=f"{found.path}; keys and values in float")
 
 
 def _written(make: Callable[[], int]) -> tuple[int | None, str]:
@@ -278,4 +287,5 @@ def _triton_on(program: Program, target: Target) -> tuple[str, str, str | None]:
         if any(m.rows and m.grid is not None and m.grid.columns(m.columns) < m.columns for m in own):
             return NO, "rounded activations over groups do not fit the registers of RDNA 3", "--group-size -1"
     kernels = Counter(f"linear_a8 ({m.rows})" if m.rows else "linear" for m in own)
-    return YES, f"{' and '.join(kernels)}; not yet run on a card", None
+    cache = ", int8 cache" if rounded_cache(program) else ""
+    return YES, f"{' and '.join(kernels)}{cache}; not yet run on a card", None

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import ROUNDERS, Program, folded_tokens
+from tpvc.compiler.program import ROUNDERS, Program, folded_tokens, rounded_cache
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 TOKENS = 24
@@ -36,11 +37,13 @@ Said = tuple[bool, str]
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """ids int64 [T] of the text and the interpreter's logits float32 [T, vocab] of `program`."""
+    """ids int64 [T] of the text and the interpreter's logits float32 [T, vocab] of `program`; aside: what is to be
+    said of them."""
 
     program: Program
     ids: torch.Tensor
     logits: torch.Tensor
+    aside: str = ""
 
     @classmethod
     @torch.no_grad()
@@ -53,6 +56,15 @@ class Expected:
             ids = [i * 7 % program.facts.vocab_size for i in range(TOKENS)]
         ids = torch.tensor(ids[: program.facts.context_length])
         return cls(program, ids, interpret.logits(program, ids[None])[0])
+
+    @cached_property
+    def in_float(self) -> Expected:
+        """The same for a target that keeps keys and values in float."""
+        from tpvc.passes.round_cache import float_cache
+
+        if rounded_cache(self.program) is None:
+            return self
+        return replace(Expected.of(float_cache(self.program)), aside=", keys and values in float")
 
     def tolerance(self, dtype: torch.dtype = torch.float32) -> float:
         sums, rounded = 0.0, 0.0
@@ -81,7 +93,8 @@ class Expected:
                 f" interpreter {there:.6g}; they may differ by {allowed:.2g}"
             )
         largest = wanted.abs().max().item()
-        return True, f"{runtime}: off by {most:.1e} at most, {allowed:.1e} are allowed, the largest is {largest:.3g}"
+        said = f"{runtime}{self.aside}: off by {most:.1e} at most"
+        return True, f"{said}, {allowed:.1e} are allowed, the largest is {largest:.3g}"
 
 
 def check_logits(target: str, program: Program | None, expected: Expected) -> Iterator[Said]:
@@ -90,12 +103,13 @@ def check_logits(target: str, program: Program | None, expected: Expected) -> It
     if (folder / "triton.json").is_file():
         yield _triton(folder, target, expected)
     elif program is not None:
-        yield _transformers(folder, target, program, expected)
+        own = expected if rounded_cache(program) else expected.in_float
+        yield _transformers(folder, target, program, own)
     else:
         graphs = {"": folder, "portable/": folder / "portable"}
         for name, path in graphs.items():
             if (path / "model.onnx").is_file():
-                yield _onnx(path, target, name, expected)
+                yield _onnx(path, target, name, expected.in_float)
 
 
 def _onnx(folder: Path, target: str, name: str, expected: Expected) -> Said:
@@ -136,13 +150,15 @@ def _folded_above(portable: Path) -> bool:
 
 
 def _triton(folder: Path, target: str, expected: Expected) -> Said:
-    """Through the references of the package's kernels, with keys and values in the dtype of activations."""
+    """Through the references of the package's kernels, with keys and values in int8 where both the package and the
+    reference have them so, and else in the dtype of activations."""
     from tpvc.compiler.backends import triton
     from tpvc.compiler.backends.triton.engine import Engine
     from tpvc.compiler.backends.triton.on_torch import OnTorch
 
     model = triton.read(folder)
-    model = replace(model, cache=model.dtype)
+    if not (rounded_cache(expected.program) and model.cache == torch.int8):
+        model, expected = replace(model, cache=model.dtype), expected.in_float
     found = Engine(OnTorch(model, 1, len(expected.ids))).admit(expected.ids.tolist())[1]
     kind = str(model.dtype).removeprefix("torch.")
     proven, said = expected.check(found[None], target, f"references of the kernels, {kind}", model.dtype)

@@ -15,6 +15,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import is_file, is_inside
 from tpvc.compiler.program import Grid, Node, Program, QTensor, grid_of
 from tpvc.compiler.verification.matrices import Found, Value, names
+from tpvc.passes.round_cache import float_cache
 
 PACKED = ("MatMulNBits", "GatherBlockQuantized")
 
@@ -41,7 +42,7 @@ class File:
 
 def read(folder: Path, program: Program) -> Found:
     """Every parameter of `program` in `folder`/model.onnx, in each of the forms in which the file holds it."""
-    file = opened(folder / "model.onnx")
+    file, program = opened(folder / "model.onnx"), float_cache(program)
     integers = lru_cache(1)(partial(_integers, file))  # queries, keys and values are asked for one after the other
     stacked = dict(_stacks(file, program, integers))
     for node in (n for n in program.nodes if n.op == "reorder" and f"{n.name}.order" in file):

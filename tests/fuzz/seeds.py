@@ -115,6 +115,7 @@ def quantised(work: Path) -> list[Tree]:
     from tpvc.compiler.backends import huggingface
     from tpvc.compiler.program import Grid
     from tpvc.passes.round_activations import RoundActivations
+    from tpvc.passes.round_cache import RoundCache
 
     model, found = program(work), []
     plans = [(Grid(4, 16, False), "transformers"), (Grid(3, -1, True), "vllm"), (Grid(8, 0, True), "transformers")]
@@ -128,7 +129,7 @@ def quantised(work: Path) -> list[Tree]:
         found.append(tree)
     names = frozenset(n for n, p in rounded(model, Grid(8, -1, True)).params.items() if getattr(p, "grid", None))
     rows = RoundActivations("int8", names)(rounded(model, Grid(8, -1, True)))
-    huggingface.emit(rows, work / "q-rows", None, {})
+    huggingface.emit(RoundCache()(rows), work / "q-rows", None, {})
     found.append({n: d for n, d in tree_of(work / "q-rows").items() if n in ("config.json", "model.safetensors")})
     whole = RoundActivations("int8-static", names, dict.fromkeys(names, (0.0625, -3)))(
         rounded(model, Grid(8, -1, True))

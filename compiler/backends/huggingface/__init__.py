@@ -10,6 +10,7 @@ from typing import Any
 
 from tpvc.compiler.adapters import prompt_files, road_files
 from tpvc.compiler.backends.huggingface import awq, gptq
+from tpvc.compiler.backends.huggingface.layout import float_cache_note as float_cache_note
 from tpvc.compiler.backends.huggingface.layout import layout
 from tpvc.compiler.backends.huggingface.stream import write
 from tpvc.compiler.errors import TpvcError

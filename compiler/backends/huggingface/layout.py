@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tpvc.compiler.backends.huggingface.stream import Piece
-from tpvc.compiler.compressed_tensors_format import Form, entries, quantization_config, to_tensors
+from tpvc.compiler.compressed_tensors_format import Form, cache_scheme, entries, quantization_config, to_tensors
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import (
     Parameter,
@@ -19,6 +19,7 @@ from tpvc.compiler.program import (
     input_grids,
     linears,
     read,
+    rounded_cache,
     rounded_inputs,
 )
 from tpvc.passes.reorder import check_order
@@ -90,8 +91,18 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
             notes.append(f"{len(conv)} Conv1D layers are stored as integers: only tpvc reads this, not transformers")
         float_linears = {n.params["weight"] for n in linears(program.nodes)}
         ignore = {_module(name, readers[name]) for name in float_linears if not grid_of(program.params[name])}
-        config["quantization_config"] = quantization_config(modules, ignore, conv)
+        cache = None
+        if rounded_cache(program) and runtime == "vllm":
+            notes.append(float_cache_note("vLLM, which reads scales for a whole layer alone,"))
+        elif rounded_cache(program):
+            cache = cache_scheme(program.facts.head_dim)
+        config["quantization_config"] = quantization_config(modules, ignore, conv, cache)
     return Layout(tuple(pieces), config, tuple(notes))
+
+
+def float_cache_note(runtime: str) -> str:
+    """What a reader has to know of a model with a rounded cache, exported for a runtime that has none."""
+    return f"{runtime} keeps keys and values in float, not in int8 as the model was quantised for"
 
 
 def _module(name: str, readers: set[str]) -> str:

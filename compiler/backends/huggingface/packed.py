@@ -13,11 +13,22 @@ from dataclasses import dataclass
 
 import torch
 
-from tpvc.compiler.backends.huggingface.layout import float_dtype, float_piece, rounded_piece
+from tpvc.compiler.backends.huggingface.layout import float_cache_note, float_dtype, float_piece, rounded_piece
 from tpvc.compiler.backends.huggingface.stream import Piece
 from tpvc.compiler.compressed_tensors_format import Entries
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Grid, Parameter, Program, QTensor, bank_params, grid_of, linears, read, rounded_inputs
+from tpvc.compiler.program import (
+    Grid,
+    Parameter,
+    Program,
+    QTensor,
+    bank_params,
+    grid_of,
+    linears,
+    read,
+    rounded_cache,
+    rounded_inputs,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ def parts(program: Program, format: Format) -> Parts:
         notes.append(f"scales that float16 does not hold exactly are written in {', '.join(wide)}")
     if program.adapters:
         notes.append(f"readers of {format.name} serve the base model and pass over 'adapters'; fold one to serve it")
+    if rounded_cache(program):
+        notes.append(float_cache_note(f"a reader of {format.name}"))
     kept = sorted(n.name for n in linears(program.nodes) if n.params["weight"] not in integers)
     modules = {name.removesuffix(".weight"): grid for name, grid in integers.items()}
     return Parts(config, tuple(pieces), modules, tuple(kept), tuple(notes))

@@ -6,6 +6,7 @@ adapters/NAME.onnx_adapter      for every adapter, what to feed for it; the numb
 portable/model.onnx, .data      operators of the ONNX standard, opset 21; the same names; logits of every new token
 
 A prompt that is a constant prefix of the program (`passes.fold_prompt`) goes into the portable graph only.
+Keys and values stay in float: the int8 cache of GroupQueryAttention wants scales that are known beforehand.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Node, Program, constant_prefix, folded_tokens
+from tpvc.passes.round_cache import float_cache
 
 
 def emit(
@@ -42,6 +44,7 @@ def emit(
     from tpvc.compiler.backends.onnx.graph import MICROSOFT, OPSET
     from tpvc.compiler.backends.onnx.standard import STANDARD
 
+    program = float_cache(program)
     check(program, GENAI, accuracy_level)
     if not constant_prefix(program):
         fused = plan(program)

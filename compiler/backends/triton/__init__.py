@@ -60,9 +60,9 @@ def emit(
     progress: Progress = silent,
 ) -> None:
     """Write the package into the empty `directory`. dtype: of activations, float16 or bfloat16; cache: of keys
-    and values, int8 or None for `dtype`; capacity: tokens of a text, None: 4,096 or the model's context; store: where
-    compiled kernels are kept one by one, and those of a run that was stopped are found. The same input gives the same
-    bytes."""
+    and values, int8 or None for what `model_of` takes; capacity: tokens of a text, None: 4,096 or the model's context;
+    store: where compiled kernels are kept one by one, and those of a run that was stopped are found. The same input
+    gives the same bytes."""
     from tpvc.kernels import aot, package
 
     model = model_of(program, dtype, cache)

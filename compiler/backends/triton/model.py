@@ -14,7 +14,7 @@ from torch import Tensor
 from tpvc.compiler.backends.triton.side_by_side import side_by_side
 from tpvc.compiler.backends.triton.steps import Step, kinds_of, steps
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Facts, Program, QTensor, dense, prompt_ids, read
+from tpvc.compiler.program import Facts, Program, QTensor, dense, prompt_ids, read, rounded_cache
 from tpvc.kernels.attention import Prefix
 from tpvc.kernels.linear_a8 import check_weight
 from tpvc.kernels.rope_cache import Cache
@@ -46,7 +46,8 @@ class Model:
 
 
 def model_of(program: Program, dtype: torch.dtype = torch.float32, cache: torch.dtype | None = None) -> Model:
-    """A Program's parameters in the kernels' layout. cache: int8, or None for `dtype`."""
+    """A Program's parameters in the kernels' layout. cache: int8, or None for int8 where the Program
+    rounds keys and values, and else `dtype`."""
     from tpvc.compiler.backends.triton.engine import Engine
     from tpvc.compiler.backends.triton.on_torch import OnTorch
 
@@ -67,7 +68,8 @@ def model_of(program: Program, dtype: torch.dtype = torch.float32, cache: torch.
             check_weight(params[step.params["weight"]], kinds[step.inputs[0]], f"'{step.outputs[0]}'")
     planned, params = side_by_side(planned, params)
     names = tuple(a.name for a in program.adapters)
-    model = Model(planned, params, program.facts, names, (), (), dtype, cache or dtype)
+    kept = torch.int8 if rounded_cache(program) else dtype
+    model = Model(planned, params, program.facts, names, (), (), dtype, cache or kept)
     if not program.prompts:
         return model
     found = []

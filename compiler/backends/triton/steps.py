@@ -6,6 +6,7 @@
     rope, rope -> attention                  attend     rotary, cache write and attention
     activation -> mul                        gated
     round_rows                               round_rows codes and scales, which linears alone read
+    round_heads                              (none)     the cache that attend writes is of int8 then: `model.py`
 
 Steps are data, and go into a package as JSON. A value that no step yields is an input of the batch: `input_ids`,
 `positions`.
@@ -20,6 +21,7 @@ from typing import Any
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Node, Program
+from tpvc.passes.round_cache import float_cache
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Step:
 
 def steps(program: Program) -> tuple[Step, ...]:
     """The Program as steps. TpvcError for two rotations of one value, which no epilogue holds."""
+    program = float_cache(program)
     readers = defaultdict(list)
     for node in program.nodes:
         for value in dict.fromkeys(node.inputs):

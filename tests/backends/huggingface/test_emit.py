@@ -15,6 +15,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import huggingface as frontend
 from tpvc.compiler.program import ROUNDERS, Grid, QTensor, dense, input_grids, linears, read, rounded_inputs
 from tpvc.passes.round_activations import RoundActivations
+from tpvc.passes.round_cache import RoundCache
 
 TOKENS = torch.arange(24)[None] % 61
 
@@ -455,3 +456,37 @@ def test_rounded_activations_of_a_float_linear_are_refused(tmp_path):
     program = RoundActivations("int8")(llama(tmp_path / "source"))
     with pytest.raises(TpvcError, match=r"q_proj.weight' is in float and reads rows rounded to int8"):
         emitted(program, tmp_path / "out")
+
+
+def test_transformers_rounds_keys_and_values(tmp_path):
+    """compressed-tensors divides the largest of a head's vector by 127.5 and clamps it, the kernels and we by 127: two
+    roundings of the same numbers, each off by half of its step at most."""
+    plain = quantized(llama(tmp_path / "source"), Grid(8, -1, True), Grid(8, -1, True))
+    program = RoundCache()(plain)
+    assert emitted(program, tmp_path / "out") == []
+    check_read_back(tmp_path / "out", program)
+    with torch.no_grad():
+        out = loaded(tmp_path / "out")(TOKENS)
+    cache, ours = {}, {}
+    logits = interpret.logits(program, TOKENS, cache=cache)
+    interpret.logits(plain, TOKENS, cache=ours)
+    first = next(iter(cache))
+    for x, found, mine in zip(
+        ours[first],
+        (out.past_key_values.layers[0].keys, out.past_key_values.layers[0].values),
+        cache[first],
+        strict=True,
+    ):
+        largest = x.abs().amax(-1, keepdim=True)
+        assert bool(((found - x).abs() <= largest * 0.5001 / 127.5 + 1e-5).all()) and not torch.equal(found, x)
+        assert bool(((mine - x).abs() <= largest * 0.5001 / 127).all())
+    cost = (logits - interpret.logits(plain, TOKENS)).norm()
+    assert (out.logits - logits).norm() <= 2 * cost
+
+
+def test_a_rounded_cache_is_not_told_to_vllm(tmp_path):
+    """Which reads one scale for a whole layer alone, and refuses others."""
+    program = RoundCache()(quantized(llama(tmp_path / "source"), Grid(4, 32, True), Grid(8, -1, True)))
+    (note,) = emitted(program, tmp_path / "out", runtime="vllm")
+    assert "keeps keys and values in float" in note
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
