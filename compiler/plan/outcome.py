@@ -33,7 +33,8 @@ def imagined_grids(job: Job) -> Grids:
     group than any that were met: the average is that of the run, and every width is taken that can be."""
     if job.avg_bits is None:
         return job.grid
-    groups, apart = [], 8 / max(1, len(job.fused) - 1)
+    apart = min(0.9, 8 / max(1, len(job.fused) - 1))  # below 1: 3 bits come to the next group before 4 come to this one
+    groups = []
     for i, g in enumerate(job.fused):
         damages = {b: g.numbers * 4.0 ** (apart * i - b) for b in g.costs}
         groups.append(replace(g, damages=damages))

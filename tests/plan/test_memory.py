@@ -17,11 +17,12 @@ def peak(model, method="flexround", nsamples=16, head_bits=8, sampled=0, device=
 
 
 def test_more_text_is_more_memory(tiny_llama):
-    """Five streams of float32 at the end of a block: two that enter, the target, and one in parts and joined."""
+    """Four streams of float32 at the end of a block: two that enter, the target, and what leaves it; with less text the
+    peak may lie elsewhere."""
     few, many = peak(tiny_llama, nsamples=256), peak(tiny_llama, nsamples=512)
     stream = 256 * 256 * 64 * 4
     assert few.device == 0
-    assert 4 * stream < many.host - few.host < (1 + SLACK) * 6 * stream
+    assert 3 * stream < many.host - few.host < (1 + SLACK) * 4 * stream
 
 
 def test_nearest_takes_less_and_no_text(tiny_llama):
