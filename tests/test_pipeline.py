@@ -172,7 +172,7 @@ def test_default_group_divides_every_weight(tiny_llama):
     ("options", "says"),
     [
         ({"method": "gptq"}, "expected flexround or rtn"),
-        ({"recipe": "slow"}, "fast, default, best, paper"),
+        ({"recipe": "slow"}, "fast, default, best, lrq, paper"),
         ({"head_bits": 1}, "head bits is 1"),
         ({"seqlen": 1}, "windows of 1 token"),
         ({"group": 48}, "32, 64"),
