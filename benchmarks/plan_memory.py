@@ -26,6 +26,7 @@ from memory import checkpoint
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
 MIDDLE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
 FAST = ("--recipe", "fast", "--iters", "3")
+STATIC = ("--method", "rtn", "--scheme", "W8A8", "--activations", "int8-static")
 TEXT = ("--nsamples", "64", "--seqlen", "128")
 
 RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -34,6 +35,7 @@ RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("demo", "W3 per channel, 64 x 128", (*FAST, "--bits", "3", "--group-size", "-1", *TEXT)),
     ("demo", "W8A8, 16 x 128", (*FAST, "--scheme", "W8A8", "--nsamples", "16", "--seqlen", "128")),
     ("demo", "W4 g64, 128 x 256", (*FAST, "--nsamples", "128")),
+    ("demo", "static W8A8 to nearest, 72 x 256", (*STATIC, "--nsamples", "72")),
     ("middle", "rtn", ("--method", "rtn")),
     ("middle", "W4 g128, 16 x 128", (*FAST, "--nsamples", "16", "--seqlen", "128")),
     ("middle", "W8A8, 16 x 128", (*FAST, "--scheme", "W8A8", "--nsamples", "16", "--seqlen", "128")),

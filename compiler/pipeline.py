@@ -54,7 +54,7 @@ from tpvc.passes.round_activations import FP8_BITS, STATIC, RoundActivations, ch
 from tpvc.passes.round_cache import RoundCache, check_cache
 from tpvc.passes.round_to_nearest import RoundToNearest
 from tpvc.passes.spend_bits import WIDTHS, Fused, average, check_budget, fused, grids, spend
-from tpvc.passes.static_inputs import StaticInputs
+from tpvc.passes.static_inputs import StaticInputs, recorded
 from tpvc.passes.tune_scales import TuneScales
 
 
@@ -91,8 +91,8 @@ def quantize(
                             scales and zero points of the block linears take so many bits a weight at most, where it
                             costs least, as measured on calibration text
     activations             "int8" or "fp8": what block linears read is rounded per token, while the model runs (W8A8,
-                            W4A8); "int8-static": on one grid for all tokens, found on the calibration text, and per
-                            token where none holds them; None: it stays in float
+                            W4A8); "int8-static": on one grid for all tokens, found on the calibration text with the
+                            factors that make room for it, and per token where none is good enough; None: in float
     cache                   "int8": keys and values are rounded as a cache of 8 bits keeps them, every head of a token
                             with a scale of its own; None: they stay in float
     method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration by itself
@@ -496,10 +496,13 @@ def _passes(
     progress: Progress,
     own: Ranks,
 ) -> list[Rounding]:
-    """Order is meaning: blocks first, on the float embedding, and what is tuned behind them; then the head, which may
-    share its matrix with the embedding."""
+    """Order is meaning: grids of activations first; then the blocks, rounded under them on the float embedding, and
+    what is tuned behind them; then the head, which may share its matrix with the embedding."""
     dtype = getattr(torch, options["scale_dtype"])
     passes: list[Rounding] = []
+    if options.get("activations") == STATIC:
+        how = options["seed"], options["device"]
+        passes.append(StaticInputs(calibration.tokens, grid, dtype, *how, progress))
     if options["method"] == "flexround":
         seed, device = options["seed"], options["device"]
         windows = calibration.tokens
@@ -510,8 +513,6 @@ def _passes(
             passes.append(TuneScales(*rates, held, windows, store, closing, seed, device, progress, own))
     else:
         passes.append(RoundToNearest(grid, store, scale_dtype=dtype, progress=progress))
-    if options["method"] == "rtn" and calibration is not None:
-        passes.append(StaticInputs(calibration.tokens, dtype, options["device"], progress))
     if options["head_bits"] != 16:
         head = Grid(options["head_bits"], -1, True)
         passes.append(RoundToNearest(head, store, "epilogue", dtype, progress))
@@ -527,7 +528,7 @@ def _manifest(
     passes: list[Adapting | Rounding],
 ) -> tuple[dict[str, Any], list[float]]:
     """(tpvc.json without anything that differs between two runs of one command, seconds per block)."""
-    records = [dict(store.finished(i)[1]) for i in range(program.blocks)]
+    records = [{**store.finished(i)[1], **recorded(rounded, i)} for i in range(program.blocks)]
     timings = [r.pop("seconds", 0.0) for r in records]
     head = linears(program.epilogue)[-1]
     head_grid = grid_of(rounded.params[head.params["weight"]])

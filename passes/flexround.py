@@ -51,7 +51,6 @@ from tpvc.passes.factors import Factors
 from tpvc.passes.grid import Range, min_max, on_grid
 from tpvc.passes.grid_search import search
 from tpvc.passes.share import Share
-from tpvc.passes.static_inputs import looked_at, recorded, with_grids, with_recorded
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class FlexRound:
         check_float(program, nodes)
         finished = 0
         while finished < program.blocks and (found := self.store.finished(finished)) is not None:
-            program = with_recorded(program.with_params(found[0]), found[1])
+            program = program.with_params(found[0])
             finished += 1
         if finished == program.blocks:
             return program
@@ -151,13 +150,9 @@ class FlexRound:
             self.progress("FlexRound", index, program.blocks, f"block {index}")
             give_back()
             began = time.perf_counter()
-            first = range(min(looked_at(program), len(ids)))
-            seen = self.share.rows(rounded, first), ids[: len(first)]
-            program = with_grids(program, index, *seen, self.scale_dtype, self.device)
-            del seen
             fit = self._fit(program, index, exact, rounded, ids)
             exact, rounded = fit.exact, fit.rounded
-            record = {**fit.record, **recorded(program, index), "seconds": time.perf_counter() - began}
+            record = {**fit.record, "seconds": time.perf_counter() - began}
             params = self.store.save(index, fit.params, record, {"exact": exact, "rounded": rounded})
             program = program.with_params(params)
             note = f"block {index}: error {record['error_rtn']:.2e} to {record['error']:.2e}"

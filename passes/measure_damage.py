@@ -23,17 +23,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tpvc.compiler import interpret
 from tpvc.compiler.freed import give_back
-from tpvc.compiler.program import ROUNDERS, Grid, Program, QTensor, dense
+from tpvc.compiler.program import ROUNDERS, Grid, Program, QTensor
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import ALONE, SharedStore
-from tpvc.passes.block import EXACT, Block, behind_prompts, embedded, full_windows, spread
+from tpvc.passes.block import EXACT, Block, behind_prompts, embedded, spread
 from tpvc.passes.checks import check_float
 from tpvc.passes.grid import min_max, on_grid
 from tpvc.passes.grid_search import search
+from tpvc.passes.sensitivity import backwards, logit_gradients
 from tpvc.passes.spend_bits import Fused
 
 WINDOWS = 8
@@ -90,7 +90,7 @@ class MeasureDamage:
             block = Block(program, index, self.device)
             entering.append(block.outputs(entering[-1], block.weights, ids, FLOAT))
         if unfinished == program.blocks:
-            gradients = self.head(program, entering[-1], ids)
+            gradients = logit_gradients(program, entering[-1], ids, DRAWS, self.seed, self.device, FLOAT)
         else:
             gradients = self.store.streams(unfinished)["gradients"]
         for index in reversed(range(unfinished)):
@@ -100,37 +100,9 @@ class MeasureDamage:
             block, x = Block(program, index, self.device), entering[-1]
             told = self._damages(block, x, ids, gradients, [g for g in groups if g.block == index])
             if index:
-                gradients = self._backwards(block, x, ids, gradients)
+                gradients = backwards(block, x, ids, gradients, FLOAT)
             self.store.save(index, {}, {"block": index, "groups": told}, {"gradients": gradients})
         self.progress("measure bits", program.blocks, program.blocks, "")
-
-    def head(self, program: Program, x: Tensor, ids: Tensor) -> Tensor:
-        """Gradients [DRAWS, n, L, D] of log p(drawn tokens) at what leaves the last block, x [n, L, D]."""
-        names = {name for n in program.epilogue for name in n.params.values()}
-        weights = {name: dense(program.params[name]).to(self.device) for name in names}
-        draw = torch.Generator().manual_seed(self.seed)
-        last, found = program.epilogue[0].inputs[0], torch.empty(DRAWS, *x.shape)
-        for row in range(len(x)):  # logits of one window at a time
-            with torch.enable_grad():
-                leaving = x[row : row + 1].to(self.device).requires_grad_()
-                tokens = torch.empty(leaving.shape[:2], device=self.device, dtype=torch.long)
-                values = full_windows(tokens, ids[row : row + 1].to(self.device)) | {last: leaving}
-                logits = interpret.run(program.epilogue, values, weights.__getitem__, ops=QUICK)
-            chances = logits.detach().softmax(-1)
-            tokens = torch.multinomial(chances[0].cpu(), DRAWS, replacement=True, generator=draw).to(self.device)
-            for i in range(DRAWS):
-                wanted = -chances
-                wanted[0].scatter_add_(1, tokens[:, i : i + 1], torch.ones_like(wanted[0, :, :1]))
-                found[i, row] = torch.autograd.grad(logits, leaving, wanted, retain_graph=i + 1 < DRAWS)[0][0].cpu()
-        return found
-
-    def _backwards(self, block: Block, x: Tensor, ids: Tensor, gradients: Tensor) -> Tensor:
-        """Gradients at what enters a block, x [n, L, D], from those at what leaves it."""
-        with torch.enable_grad():
-            entering = x.to(self.device).requires_grad_()
-            output = block.output(entering, block.weights, ids, ops=FLOAT)
-        draws = [g.to(self.device) for g in gradients]
-        return torch.stack([torch.autograd.grad(output, entering, g, retain_graph=True)[0].cpu() for g in draws])
 
     def _damages(self, block: Block, x: Tensor, ids: Tensor, gradients: Tensor, groups: list[Fused]) -> list[dict]:
         """[{"names", "damages": {width: nats a token}}, ...] of the groups of a block."""

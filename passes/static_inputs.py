@@ -1,13 +1,19 @@
-"""The grids of `round_tensor` nodes: one scale and zero point for all tokens, found on calibration text.
+"""The grids of `round_tensor` nodes, one scale and zero point for all tokens, and the factors that make room for them.
 
-What a node meets behind the prefix that is rounded already is watched on the first windows, and every node by itself
-gets the range [max(min x, -c), min(max x, c)] whose c loses least. Lost is
+Before weights are rounded, every value that linears read is looked at by itself, on calibration text: factors of some
+alpha are moved from it into the columns that read it (`migrate.py`), and it gets the range on which it then loses
+least. What is lost is the KL divergence from the float model, in nats per token (`sensitivity.py`), by rounding the
+value and by rounding to nearest the weights that read it:
 
-    sum_t |e_t|^2 / sum_t |x_t|^2  +  mean_t |e_t|^2 / |x_t|^2,    |x|^2 = sum_i h_i x_i^2
+    static     the alpha, and the range [max(min x, -c), min(max x, c)], with the least of both
+    per token  the alpha with the least of both when every token has a scale of its own (`round_rows`)
 
-with e_t the error of token t and h_i the squared length of column i of what reads it, so that it stands for the error
-of the output. The first sum is about the few giant tokens that attention leans on, the second about all the others. A
-value in which the ones are so much larger that no grid holds both is rounded per token instead (`round_rows`).
+Sizes of features and ends of ranges are those of some windows, costs are measured on others: a range that fits its own
+windows closely cuts off what other texts bring.
+
+Then values become per token, the one that gains most by it first, until all of them together cost no more than
+`BUDGET`. First come those in which a few features are giant on one or two tokens that all others attend to: neither a
+grid nor a row of a weight holds them beside the rest.
 """
 
 from __future__ import annotations
@@ -18,94 +24,173 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tpvc.compiler.ops import TENSOR_RANGE, round_tensor
-from tpvc.compiler.program import INPUT_ROUNDERS, Node, Program, linears
+from tpvc.compiler.ops import TENSOR_RANGE, round_rows, round_tensor
+from tpvc.compiler.program import INPUT_ROUNDERS, Grids, Node, Program, grid_for, linears
 from tpvc.compiler.progress import Progress, silent
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
+from tpvc.passes.grid import min_max, on_grid
+from tpvc.passes.migrate import Place, moved, places_of
+from tpvc.passes.sensitivity import Felt, cost, feel, output_gradients
 
-WINDOWS = 16
-"""Of the calibration text that are looked at."""
-CLIPS = tuple(0.85**k for k in range(28))
-"""Where a range may end, relative to the largest entry: down to 1 %."""
-LIMIT = 0.02
-"""What a static grid may lose; beyond it a value is rounded per token."""
+WINDOWS = 8
+"""Of the calibration text, the first ones, on which costs are measured."""
+SIZED = 64
+"""Of the others, the first ones, on which features are sized; where there are none, on the same."""
+ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CLIPS = tuple(0.8**k for k in range(-2, 20))
+"""Where a range may end, relative to the largest entry: from 156 % down to 1 %."""
+COARSE = CLIPS[0:7:2]
+"""The ones by which factors are compared."""
+BUDGET = 0.01
+"""Nats per token that rounding may cost in all before values are rounded per token: a percent of perplexity."""
 
 
 @dataclass(frozen=True)
 class StaticInputs:
-    """The pass, for weights that are rounded before it without looking at activations.
+    """The pass, for a Program in float.
 
     windows      int64 [n, L] calibration tokens
+    grid         on which weights will be rounded
     scale_dtype  dtype the scales are stored in; they are exact in it
     """
 
     windows: Tensor
+    grid: Grids
     scale_dtype: torch.dtype = torch.float32
+    seed: int = 0
     device: str = "cpu"
     progress: Progress = silent
 
     @torch.no_grad()
     def __call__(self, program: Program) -> Program:
-        windows = behind_prompts(self.windows[: looked_at(program)], program)
-        ids = spread(len(windows), len(program.adapters))
-        x = embedded(program, windows, ids)
+        windows = behind_prompts(self.windows[: looked_at(program) + SIZED], program)
+        ids, few = spread(len(windows), len(program.adapters)), looked_at(program)
+        stream = embedded(program, windows, ids)
+        gradients = output_gradients(program, stream[:few], ids[:few], self.seed, self.device, self.progress)
+        offers: list[Offer] = []
         for index in range(program.blocks):
             self.progress("static inputs", index, program.blocks, f"block {index}")
-            program = with_grids(program, index, x, ids, self.scale_dtype, self.device)
             block = Block(program, index, self.device)
-            x = block.outputs(x, block.weights, ids)
-        self.progress("static inputs", program.blocks, program.blocks, "")
-        return program
+            offers += self.offers(program, block, index, stream, ids, gradients[index])
+            stream = block.outputs(stream, block.weights, ids, EXACT)
+        chosen = chosen_of(offers, BUDGET)
+        for offer, choice in zip(offers, chosen, strict=True):
+            if offer.place is not None:
+                program = moved(program, offer.place, choice.factors)
+        nats, apart = sum(c.nats for c in chosen), sum(c.op == "round_rows" for c in chosen)
+        note = f"{apart} of {len(chosen)} values per token, {nats:.1e} nats a token"
+        self.progress("static inputs", program.blocks, program.blocks, note)
+        return _with(program, {o.name: (c.op, c.attrs) for o, c in zip(offers, chosen, strict=True)})
+
+    def offers(
+        self, program: Program, block: Block, index: int, x: Tensor, ids: Tensor, gradient: Tensor
+    ) -> list[Offer]:
+        """Of block `index`, given what enters it, x [n, L, D] with adapters `ids` [n], and g [few, L, D] of the first
+        windows at its output."""
+        few, places = len(gradient), places_of(program, index)
+        felt, rest = feel(block, x[:few], ids[:few], gradient), few if len(x) > few else 0
+        ends = _ends(block, x[rest:], ids[rest:])
+        nodes = [n for n in block.nodes if n.op == "round_tensor"]
+        return [self._offer(program, block, felt, n, ends[n.name], places.get(n.name)) for n in nodes]
+
+    def _offer(
+        self, program: Program, block: Block, felt: Felt, node: Node, ends: Tensor, place: Place | None
+    ) -> Offer:
+        """Both ways to round what the node rounds, whose features lie between `ends` [2, D]."""
+        x, squares = felt.inputs[node.name]
+        names = sorted({n.params["weight"] for n in linears(block.nodes) if n.inputs[0] == node.name})
+        weights = [block.weights[name] for name in names]
+        candidates = [torch.ones_like(x[0])]
+        if place is not None:
+            found = (place.factors(ends.abs().amax(0), weights, alpha) for alpha in ALPHAS)
+            candidates += [place.storable(program, s) for s in found]
+        static = dynamic = None
+        for s in candidates:
+            divided, own = x / s, squares * s.square()
+            lost = sum(self._rounded(x, n, block.weights[n], felt.outputs[n], s) for n in names)
+            once = lost + search(divided, own, ends / s, self.scale_dtype, COARSE)[2]
+            each = lost + cost(round_rows(divided, kind="int8") - divided, own)
+            static = (once, lost, s) if static is None or once < static[0] else static
+            dynamic = (each, lost, s) if dynamic is None or each < dynamic[0] else dynamic
+        _, lost, s = static
+        scale, zero, once = search(x / s, squares * s.square(), ends / s, self.scale_dtype)
+        grid = Choice("round_tensor", {"scale": scale, "zero": zero}, s.cpu(), lost + once)
+        return Offer(node.name, place, grid, Choice("round_rows", {"kind": "int8"}, dynamic[2].cpu(), dynamic[0]))
+
+    def _rounded(self, x: Tensor, name: str, weight: Tensor, squares: Tensor, s: Tensor) -> float:
+        """Nats per token of rounding weight * s to nearest."""
+        scaled, grid = weight * s, grid_for(self.grid, name)
+        rounded = on_grid(scaled, min_max(scaled, grid, self.scale_dtype), grid, self.scale_dtype)
+        return cost(x @ (rounded.dequantize().to(x.device) / s - weight).T, squares)
 
 
-@torch.no_grad()
-def with_grids(
-    program: Program, index: int, x: Tensor, ids: Tensor, dtype: torch.dtype, device: str = "cpu"
-) -> Program:
-    """The program with the grids of block `index`, whose input is x [n, L, D] with the adapters `ids` [n]."""
-    nodes = [n for n in program.block(index) if n.op == "round_tensor" and n.attrs["scale"] is None]
-    if not nodes:
-        return program
-    block, seen, names = Block(program, index, device), {}, {n.name for n in nodes}
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The op and attributes of the node that rounds a value, the factors [D] that are moved out of the value, and what
+    that costs."""
 
-    def watch(node: Node, inputs: list[Tensor]) -> None:
-        if node.name in names:
-            seen.setdefault(node.name, []).append(inputs[0].flatten(0, 1))
+    op: str
+    attrs: Mapping
+    factors: Tensor
+    nats: float
 
-    few = slice(0, looked_at(program))
-    for part, own in zip(x[few].split(AT_ONCE), ids[few].split(AT_ONCE), strict=True):
-        block.output(part, block.weights, own, watch, EXACT)
-    found = {}
-    for name, parts in seen.items():
-        readers = {n.params["weight"] for n in linears(block.nodes) if n.inputs[0] == name}
-        columns = torch.stack([block.weights[w].square().sum(0) for w in sorted(readers)]).sum(0)
-        scale, zero, least = search(torch.cat(parts), columns, dtype)
-        static = ("round_tensor", {"scale": scale, "zero": zero})
-        found[name] = static if least <= LIMIT else ("round_rows", {"kind": "int8"})
-    return _with(program, found)
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """The choices for a value: one grid for all tokens, or a scale for every token."""
+
+    name: str
+    place: Place | None
+    static: Choice
+    dynamic: Choice
+
+    @property
+    def gain(self) -> float:
+        """Nats that per token costs less."""
+        return self.static.nats - self.dynamic.nats
+
+
+def chosen_of(offers: list[Offer], budget: float) -> list[Choice]:
+    """Static ones, but for as few as keep the sum within the budget; where none do, for all that gain by it."""
+    total, dynamic = sum(o.static.nats for o in offers), set()
+    for offer in sorted((o for o in offers if o.gain > 0), key=lambda o: -o.gain):
+        if total <= budget:
+            break
+        dynamic.add(offer.name)
+        total -= offer.gain
+    return [o.dynamic if o.name in dynamic else o.static for o in offers]
 
 
 def search(
-    x: Tensor, columns: Tensor, dtype: torch.dtype, clips: tuple[float, ...] = CLIPS
+    x: Tensor, squares: Tensor, ends: Tensor, dtype: torch.dtype, clips: tuple[float, ...] = CLIPS
 ) -> tuple[float, int, float]:
-    """(scale, zero point, what is lost) of the grid for x [T, D]; columns [D]: squared lengths of the columns."""
-    power = x.square() @ columns
-    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    """(scale, zero point, nats per token) of the cheapest grid for x [T, D] with g^2 `squares` [T, D], whose features
+    lie between `ends` [2, D]."""
+    low, high = min(ends[0].min().item(), 0.0), max(ends[1].max().item(), 0.0)
     best = None
     for clip in clips:
-        most = clip * max(-low, high)
-        scale, zero = grid_of_range(max(low, -most), min(high, most), dtype)
-        error = (round_tensor(x, scale=scale, zero=zero) - x).square() @ columns
-        found = lost(error, power)
+        most, wide = clip * max(-low, high), max(clip, 1.0)
+        scale, zero = grid_of_range(max(wide * low, -most), min(wide * high, most), dtype)
+        found = cost(round_tensor(x, scale=scale, zero=zero) - x, squares)
         if best is None or found < best[2]:
             best = scale, zero, found
     return best
 
 
-def lost(error: Tensor, power: Tensor) -> float:
-    """What errors [T] lose of powers [T]: their sums against each other, and token by token."""
-    tiny = torch.finfo(torch.float32).tiny
-    return (error.sum() / power.sum().clamp(min=tiny) + (error / power.clamp(min=tiny)).mean()).item()
+def _ends(block: Block, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """Least and largest number [2, D] of every feature that linears read, by the value's name."""
+    found: dict[str, Tensor] = {}
+
+    def watch(node: Node, inputs: list[Tensor]) -> None:
+        if node.op in INPUT_ROUNDERS:
+            rows = inputs[0].flatten(0, 1)
+            now = torch.stack([rows.amin(0), rows.amax(0)])
+            before = found.get(node.name, now)
+            found[node.name] = torch.stack([torch.minimum(before[0], now[0]), torch.maximum(before[1], now[1])])
+
+    for part, own in zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
+        block.output(part, block.weights, own, watch, EXACT)
+    return found
 
 
 def grid_of_range(low: float, high: float, dtype: torch.dtype) -> tuple[float, int]:
@@ -126,12 +211,6 @@ def recorded(program: Program, index: int) -> dict[str, list]:
     """What a record of block `index` says about how its inputs are rounded; nothing where none is."""
     told = [{"name": n.name, "op": n.op, **n.attrs} for n in program.block(index) if n.op in INPUT_ROUNDERS]
     return {"inputs": told} if told else {}
-
-
-def with_recorded(program: Program, record: Mapping) -> Program:
-    """The inverse: the program with the grids that the record of a block tells."""
-    told = [dict(entry) for entry in record.get("inputs", ())]
-    return _with(program, {entry.pop("name"): (entry.pop("op"), entry) for entry in told})
 
 
 def _with(program: Program, found: Mapping[str, tuple[str, Mapping]]) -> Program:

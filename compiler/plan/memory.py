@@ -20,9 +20,11 @@ from tpvc.compiler.pipeline import Job, scale_dtype
 from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weights
 from tpvc.compiler.program import Grid, Lazy, Program, QTensor, linears, read
 from tpvc.compiler.sample import HELD, batch_size
+from tpvc.passes import static_inputs
 from tpvc.passes.flexround import FlexRound, held_out
 from tpvc.passes.measure_damage import MeasureDamage, length, looked_at
 from tpvc.passes.round_to_nearest import RoundToNearest
+from tpvc.passes.static_inputs import StaticInputs
 from tpvc.passes.tune_scales import TuneScales
 
 BLOCKS = 2
@@ -80,6 +82,8 @@ def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: in
     dtype, store, few = scale_dtype(job.source), Nowhere(), cut(program)
     if job.avg_bits is not None:
         _measure(few, program.blocks - few.blocks, job, method, nsamples, seed, device)
+    if any(n.op == "round_tensor" for n in few.nodes):
+        few = _static(few, program.blocks - few.blocks, job, nsamples, seed, device)
     if method == "flexround":
         windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
         recipe = replace(job.recipe, steps=min(2, job.recipe.steps))  # the second one has the state of the first
@@ -108,6 +112,14 @@ def _measure(program: Program, more: int, job: Job, method: str, nsamples: int, 
     MeasureDamage(job.grid, searched, windows, store, seed, scale_dtype(job.source), device).measure(
         program, groups, program.blocks
     )
+
+
+def _static(program: Program, more: int, job: Job, nsamples: int, seed: int, device: str) -> Program:
+    """Grids of activations, with what enters as many more blocks or the gradients at their ends."""
+    windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
+    shape = min(nsamples, static_inputs.looked_at(program)), job.seqlen, program.facts.hidden_size
+    _others = [torch.empty(shape) for _ in range(more)]
+    return StaticInputs(windows, job.grid, scale_dtype(job.source), seed, device)(program)
 
 
 def _closing(program: Program, grid: Grid, tokens: int) -> int:

@@ -81,7 +81,7 @@ def static(ok, tiny_llama, tmp_path_factory):
 def test_on_static_grids_it_is_inspected_exported_verified_and_run(ok, refused, static, tmp_path):
     manifest = json.loads((static / "tpvc.json").read_text())
     assert manifest["options"]["activations"] == "int8-static" and manifest["calibration"]["nsamples"] == 16
-    names = ["RoundActivations", "RoundToNearest", "StaticInputs", "RoundToNearest"]
+    names = ["RoundActivations", "StaticInputs", "RoundToNearest", "RoundToNearest"]
     assert [p["name"] for p in manifest["passes"]] == names
     assert ok("inspect", static)["grids"]["W8 per channel symmetric, activations int8 per tensor"] > 0
     ok("export", static, "-o", tmp_path / "onnx", "--accuracy-level", 0, "--portable")

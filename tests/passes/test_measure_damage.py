@@ -14,6 +14,7 @@ from tpvc.passes import measure_damage
 from tpvc.passes.block import embedded, full_windows, spread
 from tpvc.passes.measure_damage import MeasureDamage
 from tpvc.passes.round_to_nearest import quantize
+from tpvc.passes.sensitivity import logit_gradients
 from tpvc.passes.spend_bits import fused
 
 GRID = Grid(4, 16, False)
@@ -65,7 +66,7 @@ def test_gradients_are_those_of_the_drawn_tokens(small_llama, tmp_path):
         for index in range(3):
             block = measure_damage.Block(small_llama, index, "cpu")
             x = block.outputs(x, block.weights, ids)
-        gradients = tool.head(small_llama, x, ids)
+        gradients = logit_gradients(small_llama, x, ids, measure_damage.DRAWS, tool.seed, "cpu", measure_damage.FLOAT)
     leaving = x.clone().requires_grad_()
     values = full_windows(windows(1), ids) | {small_llama.epilogue[0].inputs[0]: leaving}
     found, quick = (
