@@ -45,16 +45,16 @@ from tpvc.kernels.targets import parse
 from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_float, check_grid
+from tpvc.passes.ease_inputs import EASED, EaseInputs, recorded
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out, most_processes
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.fold_road import FoldRoad, as_stored
 from tpvc.passes.measure_damage import MeasureDamage
 from tpvc.passes.reorder import check_order
-from tpvc.passes.round_activations import FP8_BITS, STATIC, RoundActivations, check_kind
+from tpvc.passes.round_activations import FP8_BITS, RoundActivations, check_kind
 from tpvc.passes.round_cache import RoundCache, check_cache
 from tpvc.passes.round_to_nearest import RoundToNearest
 from tpvc.passes.spend_bits import WIDTHS, Fused, average, check_budget, fused, grids, spend
-from tpvc.passes.static_inputs import StaticInputs, recorded
 from tpvc.passes.tune_scales import TuneScales
 
 
@@ -91,8 +91,9 @@ def quantize(
                             scales and zero points of the block linears take so many bits a weight at most, where it
                             costs least, as measured on calibration text
     activations             "int8" or "fp8": what block linears read is rounded per token, while the model runs (W8A8,
-                            W4A8); "int8-static": on one grid for all tokens, found on the calibration text with the
-                            factors that make room for it, and per token where none is good enough; None: in float
+                            W4A8); "int8-static": on one grid for all tokens, found on the calibration text, and per
+                            token where none is good enough; None: in float. Before int8, factors are moved into the
+                            weights that make it easy to round, as measured on calibration text
     cache                   "int8": keys and values are rounded as a cache of 8 bits keeps them, every head of a token
                             with a scale of its own; None: they stay in float
     method                  "flexround", or "rtn" for round-to-nearest, which needs no calibration by itself
@@ -200,6 +201,7 @@ class Job:
     roads, prompts  what those passes brought
     grid            of the block linears; with avg_bits its bits are the largest width that they pay for everywhere
     fused           with avg_bits: the groups that bits are chosen for, without damages
+    eased           whether EaseInputs is among the passes
     """
 
     source: Program
@@ -212,6 +214,7 @@ class Job:
     seqlen: int
     avg_bits: float | None = None
     fused: tuple[Fused, ...] = ()
+    eased: bool = False
 
 
 def prepare(
@@ -273,7 +276,8 @@ def prepare(
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
     if calibrated(method, activations, avg_bits):
         _check_windows(program, nsamples, seqlen)
-    return Job(source, program, tuple(adapting), adapters, tasks, grid, chosen, seqlen, avg_bits, groups)
+    eased = activations in EASED
+    return Job(source, program, tuple(adapting), adapters, tasks, grid, chosen, seqlen, avg_bits, groups, eased)
 
 
 CLOSING = "closing"
@@ -395,12 +399,12 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], *packages: str) -> N
 
 
 Adapting = RoundActivations | RoundCache | BankPrompt | BankRoad | FoldRoad
-Rounding = FlexRound | RoundToNearest | StaticInputs | TuneScales
+Rounding = FlexRound | RoundToNearest | EaseInputs | TuneScales
 
 
 def calibrated(method: str, activations: str | None, avg_bits: float | None = None) -> bool:
     """Whether a run of `quantize` looks at calibration text."""
-    return method == "flexround" or activations == STATIC or avg_bits is not None
+    return method == "flexround" or activations in EASED or avg_bits is not None
 
 
 def default_group(program: Program) -> int:
@@ -496,13 +500,13 @@ def _passes(
     progress: Progress,
     own: Ranks,
 ) -> list[Rounding]:
-    """Order is meaning: grids of activations first; then the blocks, rounded under them on the float embedding, and
-    what is tuned behind them; then the head, which may share its matrix with the embedding."""
+    """Order is meaning: what makes activations easy to round first; then the blocks, rounded under them on the float
+    embedding, and what is tuned behind them; then the head, which may share its matrix with the embedding."""
     dtype = getattr(torch, options["scale_dtype"])
     passes: list[Rounding] = []
-    if options.get("activations") == STATIC:
+    if options.get("activations") in EASED:
         how = options["seed"], options["device"]
-        passes.append(StaticInputs(calibration.tokens, grid, dtype, *how, progress))
+        passes.append(EaseInputs(calibration.tokens, grid, dtype, *how, progress))
     if options["method"] == "flexround":
         seed, device = options["seed"], options["device"]
         windows = calibration.tokens
@@ -572,7 +576,7 @@ def _pass_record(done: Adapting | Rounding) -> dict[str, Any]:
         return {**record, "adapters": [a.name for a in done.roads]}
     if isinstance(done, TuneScales):
         return {**record, "checks": done.checks()}
-    return record if isinstance(done, FoldRoad | StaticInputs) else {**record, "grid": described(done.grid)}
+    return record if isinstance(done, FoldRoad | EaseInputs) else {**record, "grid": described(done.grid)}
 
 
 def _why_float(program: Program, node: Node) -> str:

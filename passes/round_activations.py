@@ -7,10 +7,9 @@ Linears of one block that read the same value share the node; other readers, suc
 it is. Products of integers stay products of integers: W8A8, W4A8. The head is left alone. Weights are rounded
 afterwards, so that FlexRound learns under rounded activations.
 
-int8, fp8     `round_rows`: every token has a scale of its own, found when it is there (dynamically), so that there is
-              nothing to calibrate
+int8, fp8     `round_rows`: every token has a scale of its own, found when it is there (dynamically)
 int8-static   `round_tensor`: one scale and zero point for all tokens, which the checkpoint tells; without any the node
-              has none yet, and `static_inputs.py` finds them on calibration text
+              has none yet, and `ease_inputs.py` finds them on calibration text
 """
 
 from __future__ import annotations

@@ -162,7 +162,8 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--activations",
                 type=click.Choice(["int8", "fp8", "int8-static"]),
                 help="Round what the linears of the blocks read too, per token while the model runs; fp8 goes with at "
-                "most 4 bits a weight. int8-static: on one grid for all tokens, found on the calibration text.  "
+                "most 4 bits a weight. int8-static: on one grid for all tokens. int8 and int8-static look at the "
+                "calibration text first.  "
                 "[default: they stay in float]",
             ),
             click.option(
@@ -170,7 +171,7 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["flexround", "rtn"]),
                 default="flexround",
                 show_default=True,
-                help="Learned rounding, or round-to-nearest (needs no text, takes seconds).",
+                help="Learned rounding, or round-to-nearest (takes seconds; needs no text but for int8 activations).",
             ),
             click.option(
                 "--recipe",

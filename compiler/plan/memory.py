@@ -20,11 +20,11 @@ from tpvc.compiler.pipeline import Job, scale_dtype
 from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weights
 from tpvc.compiler.program import Grid, Lazy, Program, QTensor, linears, read
 from tpvc.compiler.sample import HELD, batch_size
-from tpvc.passes import static_inputs
+from tpvc.passes import ease_inputs
+from tpvc.passes.ease_inputs import EaseInputs
 from tpvc.passes.flexround import FlexRound, held_out
 from tpvc.passes.measure_damage import MeasureDamage, length, looked_at
 from tpvc.passes.round_to_nearest import RoundToNearest
-from tpvc.passes.static_inputs import StaticInputs
 from tpvc.passes.tune_scales import TuneScales
 
 BLOCKS = 2
@@ -82,8 +82,8 @@ def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: in
     dtype, store, few = scale_dtype(job.source), Nowhere(), cut(program)
     if job.avg_bits is not None:
         _measure(few, program.blocks - few.blocks, job, method, nsamples, seed, device)
-    if any(n.op == "round_tensor" for n in few.nodes):
-        few = _static(few, program.blocks - few.blocks, job, nsamples, seed, device)
+    if job.eased:
+        few = _ease(few, program.blocks - few.blocks, job, nsamples, seed, device)
     if method == "flexround":
         windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
         recipe = replace(job.recipe, steps=min(2, job.recipe.steps))  # the second one has the state of the first
@@ -114,12 +114,12 @@ def _measure(program: Program, more: int, job: Job, method: str, nsamples: int, 
     )
 
 
-def _static(program: Program, more: int, job: Job, nsamples: int, seed: int, device: str) -> Program:
-    """Grids of activations, with what enters as many more blocks or the gradients at their ends."""
+def _ease(program: Program, more: int, job: Job, nsamples: int, seed: int, device: str) -> Program:
+    """Factors and grids of activations, with what enters as many more blocks or the gradients at their ends."""
     windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
-    shape = min(nsamples, static_inputs.looked_at(program)), job.seqlen, program.facts.hidden_size
+    shape = min(nsamples, ease_inputs.looked_at(program)), job.seqlen, program.facts.hidden_size
     _others = [torch.empty(shape) for _ in range(more)]
-    return StaticInputs(windows, job.grid, scale_dtype(job.source), seed, device)(program)
+    return EaseInputs(windows, job.grid, scale_dtype(job.source), seed, device)(program)
 
 
 def _closing(program: Program, grid: Grid, tokens: int) -> int:

@@ -33,8 +33,8 @@ class Probe:
     text        seconds that tokenizing the calibration text took
     step, batch, search   seconds of an optimiser step, of a forward pass of AT_ONCE windows, of the search of all grids
                 of a block; None where nothing was timed
-    measuring   seconds of measuring what widths cost (passes/measure_damage.py) and of finding static grids of
-                activations (passes/static_inputs.py); 0 where neither is done
+    measuring   seconds of measuring what widths cost (passes/measure_damage.py) and of finding factors and
+                grids of activations (passes/ease_inputs.py); 0 where neither is done
     closing     seconds of all steps of the closing step (passes/tune_scales.py)
     number      seconds of rounding a number to nearest
     """
@@ -84,8 +84,7 @@ def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: s
     from tpvc.compiler.calibration import text_windows
     from tpvc.compiler.freed import give_back
     from tpvc.compiler.pipeline import calibrated, prepare, scale_dtype
-    from tpvc.passes.round_activations import STATIC
-    from tpvc.passes.static_inputs import with_any_grids
+    from tpvc.passes.ease_inputs import with_any_grids
 
     found = prepare(**job)
     made = replace(found, program=with_any_grids(found.program))
@@ -104,7 +103,7 @@ def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: s
         with torch.no_grad():
             number = _rounding(made, scale_dtype(made.source))
             measuring = 0.0 if made.avg_bits is None else _measuring(made, learned, number, seed, device)
-            measuring += _static(found, nsamples, seed, device) if job["activations"] == STATIC else 0.0
+            measuring += _easing(found, nsamples, seed, device) if made.eased else 0.0
             if learned:
                 step, batch, search = _learning(made, scale_dtype(made.source), seed, device)
                 closing = _closing(made, nsamples, device) if made.recipe.rounds else 0.0
@@ -198,14 +197,14 @@ def _head(program: Any, x: Any, ids: Any, draws: int, ops: Any, device: str) -> 
     return _seconds(lambda: logit_gradients(program, x, ids, draws, 0, device, ops), warm=False)
 
 
-def _static(made: Any, nsamples: int, seed: int, device: str) -> float:
-    """Seconds of finding grids of activations: those of the first block, and a few tokens through the head."""
+def _easing(made: Any, nsamples: int, seed: int, device: str) -> float:
+    """Seconds of finding factors and grids of activations, by the first block and a few tokens through the head."""
     import torch
 
     from tpvc.compiler.pipeline import scale_dtype
     from tpvc.passes.block import EXACT, Block, spread
+    from tpvc.passes.ease_inputs import SIZED, EaseInputs, looked_at
     from tpvc.passes.sensitivity import backwards
-    from tpvc.passes.static_inputs import SIZED, StaticInputs, looked_at
 
     program = _random(made.program)
     block, few = Block(program, 0, device), min(nsamples, looked_at(program))
@@ -214,7 +213,7 @@ def _static(made: Any, nsamples: int, seed: int, device: str) -> float:
     x = torch.randn(few, made.seqlen, program.facts.hidden_size)
     once = _seconds(lambda: block.outputs(x, block.weights, ids[:few], EXACT)) / few
     back = _seconds(lambda: backwards(block, x, ids[:few], x[None], EXACT), warm=False)
-    find = StaticInputs(x, made.grid, scale_dtype(made.source), seed, device)
+    find = EaseInputs(x, made.grid, scale_dtype(made.source), seed, device)
     found = _seconds(lambda: find.offers(program, block, 0, x, ids[:few], x), warm=False)
     head = _head(program, x[:1, :some], ids[:1], 1, EXACT, device) * few * made.seqlen / some
     return head + made.program.blocks * (back + found + once * (2 * windows - few))

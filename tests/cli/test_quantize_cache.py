@@ -40,7 +40,7 @@ def test_learned_under_it_and_under_rounded_activations(ok, tiny_llama, tmp_path
     given = ("--bits", 4, "--group-size", 32, "--recipe", "fast", "--iters", 4, "--nsamples", 8, "--seqlen", 16)
     told = ok("quantize", tiny_llama, "-o", tmp_path / "a", *given, "--activations", "int8", "--cache", "int8")
     names = [p["name"] for p in told["manifest"]["passes"]]
-    assert names[:3] == ["RoundActivations", "RoundCache", "FlexRound"]
+    assert names[:4] == ["RoundActivations", "RoundCache", "EaseInputs", "FlexRound"]
     plain = ok("quantize", tiny_llama, "-o", tmp_path / "b", *given, "--activations", "int8")
     errors = [[b["error_rtn"] for b in m["manifest"]["blocks"]] for m in (told, plain)]
     assert errors[0] != errors[1]

@@ -1,17 +1,17 @@
-"""The grids of `round_tensor` nodes, one scale and zero point for all tokens, and the factors that make room for them.
+"""Make what linears read easy to round to 8 bits: factors that move into weights, and the grids of `round_tensor`.
 
 Before weights are rounded, every value that linears read is looked at by itself, on calibration text: factors of some
-alpha are moved from it into the columns that read it (`migrate.py`), and it gets the range on which it then loses
-least. What is lost is the KL divergence from the float model, in nats per token (`sensitivity.py`), by rounding the
-value and by rounding to nearest the weights that read it:
+alpha are moved from it into the columns that read it (`migrate.py`), and where one scale and zero point are to hold
+for all tokens it gets the range on which it then loses least. What is lost is the KL divergence from the float model,
+in nats per token (`sensitivity.py`), by rounding the value and by rounding to nearest the weights that read it:
 
-    static     the alpha, and the range [max(min x, -c), min(max x, c)], with the least of both
     per token  the alpha with the least of both when every token has a scale of its own (`round_rows`)
+    static     the alpha, and the range [max(min x, -c), min(max x, c)], with the least of both
 
 Sizes of features and ends of ranges are those of some windows, costs are measured on others: a range that fits its own
 windows closely cuts off what other texts bring.
 
-Then values become per token, the one that gains most by it first, until all of them together cost no more than
+Static values then become per token, the one that gains most by it first, until all of them together cost no more than
 `BUDGET`. First come those in which a few features are giant on one or two tokens that all others attend to: neither a
 grid nor a row of a weight holds them beside the rest.
 """
@@ -32,6 +32,8 @@ from tpvc.passes.grid import min_max, on_grid
 from tpvc.passes.migrate import Place, moved, places_of
 from tpvc.passes.sensitivity import Felt, cost, feel, output_gradients
 
+EASED = ("int8", "int8-static")
+"""Activations that this is done for. In fp8 a number is rounded relative to itself, whatever its neighbours are."""
 WINDOWS = 8
 """Of the calibration text, the first ones, on which costs are measured."""
 SIZED = 64
@@ -46,7 +48,7 @@ BUDGET = 0.01
 
 
 @dataclass(frozen=True)
-class StaticInputs:
+class EaseInputs:
     """The pass, for a Program in float.
 
     windows      int64 [n, L] calibration tokens
@@ -69,7 +71,7 @@ class StaticInputs:
         gradients = output_gradients(program, stream[:few], ids[:few], self.seed, self.device, self.progress)
         offers: list[Offer] = []
         for index in range(program.blocks):
-            self.progress("static inputs", index, program.blocks, f"block {index}")
+            self.progress("ease inputs", index, program.blocks, f"block {index}")
             block = Block(program, index, self.device)
             offers += self.offers(program, block, index, stream, ids, gradients[index])
             stream = block.outputs(stream, block.weights, ids, EXACT)
@@ -79,7 +81,7 @@ class StaticInputs:
                 program = moved(program, offer.place, choice.factors)
         nats, apart = sum(c.nats for c in chosen), sum(c.op == "round_rows" for c in chosen)
         note = f"{apart} of {len(chosen)} values per token, {nats:.1e} nats a token"
-        self.progress("static inputs", program.blocks, program.blocks, note)
+        self.progress("ease inputs", program.blocks, program.blocks, note)
         return _with(program, {o.name: (c.op, c.attrs) for o, c in zip(offers, chosen, strict=True)})
 
     def offers(
@@ -90,13 +92,13 @@ class StaticInputs:
         few, places = len(gradient), places_of(program, index)
         felt, rest = feel(block, x[:few], ids[:few], gradient), few if len(x) > few else 0
         ends = _ends(block, x[rest:], ids[rest:])
-        nodes = [n for n in block.nodes if n.op == "round_tensor"]
+        nodes = [n for n in block.nodes if n.op in INPUT_ROUNDERS]
         return [self._offer(program, block, felt, n, ends[n.name], places.get(n.name)) for n in nodes]
 
     def _offer(
         self, program: Program, block: Block, felt: Felt, node: Node, ends: Tensor, place: Place | None
     ) -> Offer:
-        """Both ways to round what the node rounds, whose features lie between `ends` [2, D]."""
+        """The ways to round what the node rounds, whose features lie between `ends` [2, D]."""
         x, squares = felt.inputs[node.name]
         names = sorted({n.params["weight"] for n in linears(block.nodes) if n.inputs[0] == node.name})
         weights = [block.weights[name] for name in names]
@@ -104,18 +106,24 @@ class StaticInputs:
         if place is not None:
             found = (place.factors(ends.abs().amax(0), weights, alpha) for alpha in ALPHAS)
             candidates += [place.storable(program, s) for s in found]
-        static = dynamic = None
-        for s in candidates:
-            divided, own = x / s, squares * s.square()
-            lost = sum(self._rounded(x, n, block.weights[n], felt.outputs[n], s) for n in names)
-            once = lost + search(divided, own, ends / s, self.scale_dtype, COARSE)[2]
-            each = lost + cost(round_rows(divided, kind="int8") - divided, own)
-            static = (once, lost, s) if static is None or once < static[0] else static
-            dynamic = (each, lost, s) if dynamic is None or each < dynamic[0] else dynamic
-        _, lost, s = static
-        scale, zero, once = search(x / s, squares * s.square(), ends / s, self.scale_dtype)
-        grid = Choice("round_tensor", {"scale": scale, "zero": zero}, s.cpu(), lost + once)
-        return Offer(node.name, place, grid, Choice("round_rows", {"kind": "int8"}, dynamic[2].cpu(), dynamic[0]))
+        lost = [sum(self._rounded(x, n, block.weights[n], felt.outputs[n], s) for n in names) for s in candidates]
+
+        def row(s: Tensor) -> float:
+            return cost(round_rows(x / s, kind="int8") - x / s, squares * s.square())
+
+        def grid(s: Tensor, clips: tuple[float, ...]) -> tuple[float, int, float]:
+            return search(x / s, squares * s.square(), ends / s, self.scale_dtype, clips)
+
+        each = [nats + row(s) for nats, s in zip(lost, candidates, strict=True)]
+        least = each.index(min(each))
+        dynamic = Choice("round_rows", {"kind": "int8"}, candidates[least].cpu(), each[least])
+        if node.op == "round_rows":
+            return Offer(node.name, place, None, dynamic)
+        once = [nats + grid(s, COARSE)[2] for nats, s in zip(lost, candidates, strict=True)]
+        least = once.index(min(once))
+        scale, zero, nats = grid(candidates[least], CLIPS)
+        static = Choice("round_tensor", {"scale": scale, "zero": zero}, candidates[least].cpu(), lost[least] + nats)
+        return Offer(node.name, place, static, dynamic)
 
     def _rounded(self, x: Tensor, name: str, weight: Tensor, squares: Tensor, s: Tensor) -> float:
         """Nats per token of rounding weight * s to nearest."""
@@ -137,28 +145,24 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """The choices for a value: one grid for all tokens, or a scale for every token."""
+    """The choices for a value: one grid for all tokens, where there is to be one, or a scale for every token."""
 
     name: str
     place: Place | None
-    static: Choice
+    static: Choice | None
     dynamic: Choice
-
-    @property
-    def gain(self) -> float:
-        """Nats that per token costs less."""
-        return self.static.nats - self.dynamic.nats
 
 
 def chosen_of(offers: list[Offer], budget: float) -> list[Choice]:
     """Static ones, but for as few as keep the sum within the budget; where none do, for all that gain by it."""
-    total, dynamic = sum(o.static.nats for o in offers), set()
-    for offer in sorted((o for o in offers if o.gain > 0), key=lambda o: -o.gain):
+    gains = {o.name: o.static.nats - o.dynamic.nats for o in offers if o.static is not None}
+    total, dynamic = sum((o.static or o.dynamic).nats for o in offers), set()
+    for name in sorted((n for n, gain in gains.items() if gain > 0), key=gains.__getitem__, reverse=True):
         if total <= budget:
             break
-        dynamic.add(offer.name)
-        total -= offer.gain
-    return [o.dynamic if o.name in dynamic else o.static for o in offers]
+        dynamic.add(name)
+        total -= gains[name]
+    return [o.dynamic if o.static is None or o.name in dynamic else o.static for o in offers]
 
 
 def search(

@@ -1,4 +1,4 @@
-"""Activations on one grid for all tokens: the op, how its grid is found, and rounding of weights learned under it."""
+"""Factors that make activations easy to round; the op with one grid for all tokens, its grid, learning under it."""
 
 from dataclasses import replace
 
@@ -11,11 +11,11 @@ from tpvc.compiler.ops import round_tensor
 from tpvc.compiler.program import Grid, Program, input_grids, linears, read, rounded_inputs
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
-from tpvc.passes import static_inputs
+from tpvc.passes import ease_inputs
+from tpvc.passes.ease_inputs import Choice, EaseInputs, Offer, chosen_of, grid_of_range, search
 from tpvc.passes.flexround import RECIPES, FlexRound
 from tpvc.passes.round_activations import RoundActivations
 from tpvc.passes.sensitivity import cost
-from tpvc.passes.static_inputs import Choice, Offer, StaticInputs, chosen_of, grid_of_range, search
 
 GRID = Grid(8, -1, True)
 STATIC = "int8-static"
@@ -31,13 +31,13 @@ def windows(count=24, length=16, seed=1) -> torch.Tensor:
 
 def static(model, **fields) -> Program:
     """The model with grids for what its linears read, and weights that are still in float."""
-    return verify(StaticInputs(windows(), GRID, **fields)(RoundActivations(STATIC)(model)), "StaticInputs")
+    return verify(EaseInputs(windows(), GRID, **fields)(RoundActivations(STATIC)(model)), "EaseInputs")
 
 
 @pytest.fixture
 def holds_all(monkeypatch):
     """Everything is static, whatever it costs."""
-    monkeypatch.setattr(static_inputs, "BUDGET", float("inf"))
+    monkeypatch.setattr(ease_inputs, "BUDGET", float("inf"))
 
 
 def loud(model) -> Program:
@@ -151,6 +151,16 @@ def test_factors_that_move_make_room_on_the_grids(model, holds_all):
     assert errors[0] < errors[1] / 4
 
 
+def test_factors_that_move_make_room_for_every_token(model):
+    """Where every token has a scale of its own, likewise; the nodes stay what they are."""
+    given = loud(model)
+    wanted = interpret.logits(given, windows(8, seed=2))
+    plain = RoundActivations("int8")(given)
+    program = verify(EaseInputs(windows(), GRID)(plain), "EaseInputs")
+    assert program.nodes == plain.nodes and set(rounded_inputs(program).values()) == {"int8"}
+    assert off(program, wanted) < off(plain, wanted) / 4
+
+
 def seen(program: Program, name: str) -> torch.Tensor:
     """The value [T, D] of that name on all windows."""
     weight, found, tokens = interpret.in_memory(program), [], windows()
@@ -184,11 +194,11 @@ def test_a_value_that_no_grid_holds_is_rounded_per_token(model, monkeypatch):
     wide = {n: given.params[n].clone() for n in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight")}
     wide["model.layers.1.mlp.up_proj.weight"][5] *= 3000
     program = RoundActivations(STATIC)(given.with_params(wide))
-    monkeypatch.setattr(static_inputs, "BUDGET", 0.0)
-    kinds = rounded_inputs(verify(StaticInputs(tokens, GRID)(program), "StaticInputs"))
+    monkeypatch.setattr(ease_inputs, "BUDGET", 0.0)
+    kinds = rounded_inputs(verify(EaseInputs(tokens, GRID)(program), "EaseInputs"))
     assert kinds["model.layers.1.mlp.down_proj.weight"] == "int8"
-    monkeypatch.setattr(static_inputs, "BUDGET", float("inf"))
-    assert set(rounded_inputs(StaticInputs(tokens, GRID)(program)).values()) == {STATIC}
+    monkeypatch.setattr(ease_inputs, "BUDGET", float("inf"))
+    assert set(rounded_inputs(EaseInputs(tokens, GRID)(program)).values()) == {STATIC}
 
 
 def test_as_few_values_are_per_token_as_the_budget_allows():
@@ -208,7 +218,7 @@ def test_as_few_values_are_per_token_as_the_budget_allows():
 def test_learning_sees_the_grids_and_goes_on_where_it_stopped(model, tmp_path, holds_all):
     recipe = replace(RECIPES["default"], steps=30, lr=4e-3, lr_scale=2e-3, held_out=4)
     grid = Grid(4, -1, True)
-    given = StaticInputs(windows(), grid)(RoundActivations(STATIC)(model()))
+    given = EaseInputs(windows(), grid)(RoundActivations(STATIC)(model()))
     whole = verify(FlexRound(grid, recipe, windows(), BlockStore.open(tmp_path / "a", {}))(given), "FlexRound")
     store = BlockStore.open(tmp_path / "b", {})
 
