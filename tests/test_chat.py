@@ -18,7 +18,7 @@ def pieces(decode, ids):
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory, tiny_llama):
-    from tpvc.compiler.pipeline import export
+    from tpvc.compiler.export_pipeline import export
 
     out = tmp_path_factory.mktemp("chat") / "onnx"
     export(tiny_llama, out)

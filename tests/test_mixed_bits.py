@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tpvc.compiler import frontends
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.pipeline import export, quantize
+from tpvc.compiler.export_pipeline import export
+from tpvc.compiler.pipeline import quantize
 from tpvc.compiler.program import grid_of, linears, read, rounded_inputs
 from tpvc.compiler.verification import verify
 

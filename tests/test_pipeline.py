@@ -10,7 +10,8 @@ import pytest
 import tpvc
 from tpvc.compiler import frontends
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.pipeline import default_group, export, quantize
+from tpvc.compiler.export_pipeline import export
+from tpvc.compiler.pipeline import default_group, quantize
 from tpvc.compiler.program import grid_of, linears
 
 OPTIONS = {"bits": 3, "group": 32, "steps": 12, "nsamples": 16, "seqlen": 32, "dataset": "self"}

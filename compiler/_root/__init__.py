@@ -8,7 +8,7 @@ _API = {
     "load": "tpvc.compiler.frontends",
     "plan": "tpvc.compiler.plan",
     "quantize": "tpvc.compiler.pipeline",
-    "export": "tpvc.compiler.pipeline",
+    "export": "tpvc.compiler.export_pipeline",
     "road_tune": "tpvc.compiler.tuning.road_tune",
     "road_merge": "tpvc.compiler.road_pipeline",
     "road_unmerge": "tpvc.compiler.road_pipeline",

@@ -58,9 +58,10 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
     from tpvc.compiler.cli.bench import rows_table
     from tpvc.compiler.cli.eval import results_table
     from tpvc.compiler.cli.run import reply
+    from tpvc.compiler.export_pipeline import export
     from tpvc.compiler.frontends import demo, load
     from tpvc.compiler.measure import compare, open_subject, windows_of
-    from tpvc.compiler.pipeline import export, quantize
+    from tpvc.compiler.pipeline import quantize
 
     start = time.perf_counter()
     threads = threads or cores()

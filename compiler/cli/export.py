@@ -91,7 +91,7 @@ def command(
 
     Any MODEL will do; one that is not quantised is exported in float.
     """
-    from tpvc.compiler.pipeline import export
+    from tpvc.compiler.export_pipeline import export
 
     try:
         with console.Bars() as bars:

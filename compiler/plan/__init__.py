@@ -61,7 +61,8 @@ def plan(
     TpvcError for what `quantize` and `export` would refuse whatever the runtime.
     """
     from tpvc.compiler import frontends
-    from tpvc.compiler.pipeline import EXPORTS, prepare
+    from tpvc.compiler.export_pipeline import EXPORTS
+    from tpvc.compiler.pipeline import prepare
     from tpvc.compiler.plan.imagined import without_weights
     from tpvc.compiler.plan.outcome import outcome
     from tpvc.compiler.plan.runtimes import matrices, verdicts

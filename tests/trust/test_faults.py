@@ -14,7 +14,8 @@ from trust_trials import trial
 
 from tpvc.compiler.cli import console
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.pipeline import export, quantize
+from tpvc.compiler.export_pipeline import export
+from tpvc.compiler.pipeline import quantize
 
 NAMES = ("quantize", "importance", "export onnx")
 OPTIONS = {"group": 32, "steps": 2, "nsamples": 16, "seqlen": 16}
