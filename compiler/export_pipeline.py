@@ -35,7 +35,7 @@ def export(
     *,
     to: str = "onnx",
     portable: bool = False,
-    accuracy_level: int = 4,
+    accuracy_level: int | None = None,
     roads: Mapping[str, str | Path] | None = None,
     prompts: Mapping[str, str | Path] | None = None,
     task: str | None = None,
@@ -51,7 +51,7 @@ def export(
                     and a tied head laid out as vLLM expects, which transformers cannot read; "gptq", "gptq_v2", "awq":
                     the same integers as a checkpoint of that format; "triton": a package of kernels compiled for
                     `targets`, such as "cuda:80,cuda:90,hip:gfx942"
-    accuracy_level  MatMulNBits: 4 quantises activations to int8 per block and is quick; 0 computes in float32
+    accuracy_level  of MatMulNBits: 4 (None) rounds activations to int8 per block and is quick; 0 computes in float32
     portable        also write a twin in standard ONNX operators
     cache           of a triton package: "int8" keeps keys and values in 8 bits; None: in the 16 bits of the kernels, or
                     in 8 where the artefact was quantised for that
@@ -68,6 +68,9 @@ def export(
         raise TpvcError(f"a cache of '{cache}' was asked of a {to} folder; only triton has one of int8")
     if portable and to != "onnx":
         raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
+    if accuracy_level is not None and to != "onnx":
+        raise TpvcError(f"accuracy level {accuracy_level} was asked of a {to} folder; only onnx has one")
+    accuracy_level = 4 if accuracy_level is None else accuracy_level
     if to == "triton":
         parse(targets)  # an unknown one is refused before anything is read
     if task is not None and to != "onnx":

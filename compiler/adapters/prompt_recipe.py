@@ -71,6 +71,10 @@ def check(recipe: Recipe) -> None:
         raise TpvcError(
             f"a density was given for '{thinned[0]}', and a plain sum drops nothing; leave it out, or use ties or dare"
         )
+    if recipe.method.startswith("dare") and not thinned:
+        raise TpvcError(
+            "dare drops entries at random, and no density says which share is kept; give one, such as 0.2, or use a sum"
+        )
     with_data = [p.name for p in recipe.parts if p.data is not None]
     if recipe.scale is not None and (recipe.model is not None or with_data):
         what = "a model was" if recipe.model is not None else f"examples for '{with_data[0]}' were"

@@ -235,9 +235,7 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--accuracy-level",
                 type=click.Choice(["0", "4"]),
-                default="4",
-                show_default=True,
-                help="Of MatMulNBits; see below.",
+                help="Of MatMulNBits in onnx; see below.  [default: 4]",
             ),
             click.option(
                 "--task",

@@ -48,7 +48,7 @@ def command(
     symmetric: bool | None,
     activations: str | None,
     head_bits: str,
-    accuracy_level: str,
+    accuracy_level: str | None,
     road: tuple[str, ...],
     prompt: tuple[str, ...],
     iters: int | None,
@@ -61,7 +61,7 @@ def command(
 
     from tpvc.compiler.plan import plan
 
-    options |= {"head_bits": int(head_bits), "accuracy_level": int(accuracy_level), "steps": iters}
+    options |= {"head_bits": int(head_bits), "accuracy_level": int(accuracy_level or 4), "steps": iters}
     options |= {"roads": named_directories("--road", road), "prompts": named_directories("--prompt", prompt)}
     with console.Bars() as bars:
         found = plan(model, progress=bars, **options)

@@ -89,7 +89,7 @@ sign; dare drops entries at random and makes up for it. --density is the share t
 @click.option("--model", metavar="MODEL", help="Of --search: the model that the prompts belong to.")
 @click.option("--data", multiple=True, metavar="FILE", help="Of --search: once for each prompt, in order.")
 @click.option("--method", type=click.Choice(["sum", "ties", "dare"]), default="sum", show_default=True)
-@click.option("--density", type=float, help="Of ties and dare: the share of entries to keep.  [default: 1]")
+@click.option("--density", type=float, help="Of ties and dare: the share of entries to keep.  [default of ties: 1]")
 @click.option("--weight", "weights", multiple=True, type=float, help="Once for each prompt, in order.  [default: 1]")
 @click.option("--start", metavar="DIR", help="Add to this prompt's start.  [default: the first prompt's]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of dare.")

@@ -62,4 +62,7 @@ def test_overwrite(refused, ok, artefact, tmp_path):
 def test_bad_input(refused, tmp_path):
     assert "nowhere" in refused("export", tmp_path / "nowhere", "-o", tmp_path / "out")
     assert "gguf" in refused("export", tmp_path / "nowhere", "-o", tmp_path / "out", "--to", "gguf")
+    for option in (("--portable",), ("--accuracy-level", 4)):
+        said = refused("export", tmp_path / "nowhere", "-o", tmp_path / "out", "--to", "awq", *option)
+        assert "awq folder; only onnx has one" in said
     assert not any(tmp_path.iterdir())

@@ -424,6 +424,7 @@ def test_what_is_refused_leaves_nothing(refused, endless, written, pair, tasks, 
         assert "is longer than a file's name may be" in no(command, "a" * 300)
         assert "there is no such user" in no(command, "~nobody-of-this-name/a")
     assert "a density was given for 'a', and a plain sum drops nothing" in no("add", a, b, "--density", 0.5)
+    assert "no density says which share is kept" in no("add", a, b, "--method", "dare")
     assert "the density is 2" in no("add", a, b, "--method", "ties", "--density", 2)
     assert "'slerp' is not one of" in no("add", a, b, "--method", "slerp")
     assert "Missing argument 'DIR...'" in no("add")
