@@ -3,7 +3,8 @@
 Before weights are rounded, every value that linears read is looked at by itself, on calibration text: factors of some
 alpha are moved from it into the columns that read it (`migrate.py`), and where one scale and zero point are to hold
 for all tokens it gets the range on which it then loses least. What is lost is the KL divergence from the float model,
-in nats per token (`sensitivity.py`), by rounding the value and by rounding to nearest the weights that read it:
+in nats per token (`sensitivity.py`), by rounding the value, and by rounding to nearest the weights that read it beyond
+what they lose without factors:
 
     per token  the alpha with the least of both when every token has a scale of its own (`round_rows`)
     static     the alpha, and the range [max(min x, -c), min(max x, c)], with the least of both
@@ -43,8 +44,9 @@ CLIPS = tuple(0.8**k for k in range(-2, 20))
 """Where a range may end, relative to the largest entry: from 156 % down to 1 %."""
 COARSE = CLIPS[0:7:2]
 """The ones by which factors are compared."""
-BUDGET = 0.01
-"""Nats per token that rounding may cost in all before values are rounded per token: a percent of perplexity."""
+BUDGET = 0.0065
+"""Nats per token that static rounding may cost in all before values are rounded per token: with 8 bits a weight, about
+a percent of perplexity."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class EaseInputs:
             found = (place.factors(ends.abs().amax(0), weights, alpha) for alpha in ALPHAS)
             candidates += [place.storable(program, s) for s in found]
         lost = [sum(self._rounded(x, n, block.weights[n], felt.outputs[n], s) for n in names) for s in candidates]
+        lost = [nats - lost[0] for nats in lost]
 
         def row(s: Tensor) -> float:
             return cost(round_rows(x / s, kind="int8") - x / s, squares * s.square())
@@ -135,7 +138,7 @@ class EaseInputs:
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The op and attributes of the node that rounds a value, the factors [D] that are moved out of the value, and what
-    that costs."""
+    that costs beyond weights that are rounded by themselves."""
 
     op: str
     attrs: Mapping

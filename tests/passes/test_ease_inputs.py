@@ -15,6 +15,7 @@ from tpvc.passes import ease_inputs
 from tpvc.passes.ease_inputs import Choice, EaseInputs, Offer, chosen_of, grid_of_range, search
 from tpvc.passes.flexround import RECIPES, FlexRound
 from tpvc.passes.round_activations import RoundActivations
+from tpvc.passes.round_to_nearest import RoundToNearest
 from tpvc.passes.sensitivity import cost
 
 GRID = Grid(8, -1, True)
@@ -199,6 +200,15 @@ def test_a_value_that_no_grid_holds_is_rounded_per_token(model, monkeypatch):
     assert kinds["model.layers.1.mlp.down_proj.weight"] == "int8"
     monkeypatch.setattr(ease_inputs, "BUDGET", float("inf"))
     assert set(rounded_inputs(EaseInputs(tokens, GRID)(program)).values()) == {STATIC}
+
+
+def test_what_weights_lose_by_themselves_is_not_counted(model, tmp_path):
+    """At 2 bits they lose more than all that is allowed, and still all is static."""
+    given, grid = model(), Grid(2, -1, True)
+    rounded = RoundToNearest(grid, BlockStore.open(tmp_path, {}))(given)
+    assert off(rounded, interpret.logits(given, windows(8, seed=2))) > ease_inputs.BUDGET
+    kinds = rounded_inputs(EaseInputs(windows(), grid)(RoundActivations(STATIC)(given)))
+    assert set(kinds.values()) == {STATIC}
 
 
 def test_as_few_values_are_per_token_as_the_budget_allows():
