@@ -23,6 +23,7 @@ Examples:
   tpvc inspect smollm2-135m
   tpvc inspect smollm2-w4 --all           every linear with its grid
   tpvc inspect smollm2-onnx --json        operators, MatMulNBits layouts, files
+  tpvc inspect adapters/legal             kind, base, linears, options it was tuned with
 """,
 )
 @click.argument("target")
@@ -31,11 +32,13 @@ Examples:
 def command(target: str, everything: bool, as_json: bool) -> None:
     """Family, grids, sizes and provenance of TARGET.
 
-    TARGET is an exported folder, an artefact or a MODEL. No weights are read.
+    TARGET is an exported folder, an artefact, a MODEL, an adapter, a soft prompt or an importance file. No weights are
+    read.
     """
     from tpvc.compiler.chat import is_genai
+    from tpvc.compiler.cli.inspect_trained import trained_facts
 
-    facts = onnx_facts(Path(target)) if is_genai(target) else program_facts(target)
+    facts = onnx_facts(Path(target)) if is_genai(target) else trained_facts(Path(target)) or program_facts(target)
     if as_json:
         return console.print_json(facts)
     show = console.out().print
@@ -176,7 +179,7 @@ def _counts(title: str, values: dict[str, Any]) -> Any:
 def _provenance(show: Any, manifest: dict[str, Any]) -> None:
     """What was made from what: an export, then the artefact that it was made from."""
     source = _mapping(manifest.get("source"))
-    show(f"  made by tpvc {manifest.get('tpvc')} from {source.get('name')}")
+    show(f"  made by tpvc {manifest.get('tpvc')}" + (f" from {source['name']}" if "name" in source else ""))
     passes = manifest.get("passes")
     if isinstance(passes, list) and passes:
         told = [_mapping(p) for p in passes]

@@ -3,6 +3,9 @@
 import json
 import shutil
 
+import peft
+from transformers import AutoModelForCausalLM
+
 
 def test_model(ok, tiny_llama):
     found = ok("inspect", tiny_llama)
@@ -76,7 +79,7 @@ def test_bad_input(refused, tmp_path):
 def test_adapters_and_a_merged_checkpoint(ok, tpvc, refused, write_adapter, tiny_llama, tmp_path):
     road = write_adapter(tiny_llama, tmp_path / "loud")
     ok("quantize", tiny_llama, "-o", tmp_path / "w4", "--method", "rtn", "--group-size", 32, "--road", road)
-    assert "is an adapter; expected its base model" in refused("inspect", road)
+    assert "is an adapter; expected its base model" in refused("eval", road)
     facts = ok("inspect", tmp_path / "w4")
     assert facts["adapters"] == {"loud": "road_1 in groups of 8, on 14 linears, 1,024 numbers"}
     assert facts["facts"]["parameters"] == ok("inspect", tiny_llama)["facts"]["parameters"]
@@ -84,3 +87,23 @@ def test_adapters_and_a_merged_checkpoint(ok, tpvc, refused, write_adapter, tiny
     ok("road", "merge", tiny_llama, "--road", road, "-o", tmp_path / "merged")
     shown = tpvc("inspect", tmp_path / "merged")
     assert shown.exit_code == 0 and "passes: FoldRoad" in shown.stdout
+
+
+def test_what_was_trained_beside_a_model(ok, refused, tiny_llama, write_adapter, tmp_path):
+    write_adapter(tiny_llama, tmp_path / "road")
+    found = ok("inspect", tmp_path / "road")
+    assert found["kind"] == "a RoAd adapter" and found["facts"]["variant"] == "road_1"
+    assert found["facts"]["linears"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "prompt")
+    found = ok("inspect", tmp_path / "prompt")
+    assert found["kind"] == "a soft prompt" and found["facts"]["virtual tokens"] == 5
+    width = found["facts"]["features"]
+    assert found["facts"]["numbers"] == f"{5 * width} in 1 tensor (F32)" and found["provenance"] is None
+    (tmp_path / "text.txt").write_text("The river rises in the mountains. " * 40)
+    out = tmp_path / "a.importance"
+    ok("importance", tiny_llama, "--data", tmp_path / "text.txt", "-o", out, "--nsamples", 20, "--max-length", 16)
+    found = ok("inspect", out)
+    assert found["kind"] == "an importance file" and found["facts"]["method"] == "path"
+    (tmp_path / "road/adapter_model.safetensors").unlink()
+    assert "expected both" in refused("inspect", tmp_path / "road")
