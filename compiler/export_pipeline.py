@@ -103,6 +103,7 @@ def export(
         manifest["folded"] = {"form": form, **next(p.record for p in carried if p.name == task)}
     if (made := frontends.manifest(program)) is not None:
         manifest["source"]["manifest"] = {key: value for key, value in made.items() if key != "blocks"}
+        manifest |= {"divided": made["divided"]} if "divided" in made else {}
     with published(out, overwrite, resumable=to == "triton") as work:
         folder = work / ARTEFACT
         if to in CHECKPOINTS:

@@ -40,10 +40,10 @@ from tpvc.compiler.verify import verify
 from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_float, check_grid
-from tpvc.passes.ease_inputs import EASED, EaseInputs, recorded
+from tpvc.passes.ease_inputs import EASED, EaseInputs, recorded, windows_seen
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out, most_processes
 from tpvc.passes.fold_road import FoldRoad, as_stored
-from tpvc.passes.measure_damage import MeasureDamage
+from tpvc.passes.measure_damage import MeasureDamage, looked_at
 from tpvc.passes.round_activations import FP8_BITS, RoundActivations, check_kind
 from tpvc.passes.round_cache import RoundCache, check_cache
 from tpvc.passes.round_to_nearest import RoundToNearest
@@ -124,7 +124,8 @@ def quantize(
         fold=fold,
         prompts=prompts,
     )
-    source, program, grid, chosen, seqlen = job.source, job.program, job.grid, job.recipe, job.seqlen
+    source, program, grid, chosen = job.source, job.program, job.grid, job.recipe
+    nsamples, seqlen = job.nsamples, job.seqlen
     _check_processes(method, chosen, nsamples)
     tokenizer = frontends.tokenizer(program)
     progress("load", 1, 1, "")
@@ -167,7 +168,8 @@ def quantize(
         if avg_bits is not None:
             measured = own.store(work / BLOCKS / MEASURED, identity, replace=True)
             grid, chosen_bits = _choose_bits(job, options, calibration, measured, progress)
-        passes = _passes(grid, options, chosen, calibration, store, closing, progress, own)
+        easing = own.store(work / BLOCKS / EASING, identity, replace=True)
+        passes = _passes(grid, options, chosen, calibration, store, closing, easing, progress, own)
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
@@ -177,6 +179,8 @@ def quantize(
         manifest, timings = _manifest(source, rounded, store, options, calibration, [*job.adapting, *passes])
         if chosen_bits is not None:
             manifest["chosen_bits"] = chosen_bits
+        if eased := easing.finished(0):
+            manifest["divided"] = eased[1]["divided"]
         progress("write", 0, 1, str(out))
         huggingface.emit(rounded, work / ARTEFACT, tokenizer, manifest)
         manifest = json.loads((work / ARTEFACT / MANIFEST).read_text(encoding="utf-8"))
@@ -192,6 +196,7 @@ class Job:
     source          the model
     program         the same with what is deployed beside its weights: `source` under the passes `adapting`
     roads, prompts  what those passes brought
+    nsamples        calibration windows that are looked at
     grid            of the block linears; with avg_bits its bits are the largest width that they pay for everywhere
     fused           with avg_bits: the groups that bits are chosen for, without damages
     eased           whether EaseInputs is among the passes
@@ -204,6 +209,7 @@ class Job:
     prompts: tuple[Prompt, ...]
     grid: Grid
     recipe: Recipe
+    nsamples: int
     seqlen: int
     avg_bits: float | None = None
     fused: tuple[Fused, ...] = ()
@@ -267,14 +273,20 @@ def prepare(
         grid = replace(grid, bits=max(b for b, cost in everywhere.items() if cost <= avg_bits))
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
+    if method == "rtn":  # the rest would be for learning
+        nsamples = min(nsamples, max(windows_seen(program), looked_at(program)))
     if calibrated(method, activations, avg_bits):
         _check_windows(program, nsamples, seqlen)
     eased = activations in EASED
-    return Job(source, program, tuple(adapting), adapters, tasks, grid, chosen, seqlen, avg_bits, groups, eased)
+    return Job(
+        source, program, tuple(adapting), adapters, tasks, grid, chosen, nsamples, seqlen, avg_bits, groups, eased
+    )
 
 
 CLOSING = "closing"
 """Where, among the finished blocks, the closing step keeps its state."""
+EASING = "easing"
+"""Likewise what was chosen before int8 activations were rounded."""
 MEASURED = "measured"
 """Likewise the blocks on which bits were tried."""
 
@@ -377,6 +389,7 @@ def _passes(
     calibration: Calibration | None,
     store: SharedStore,
     closing: SharedStore,
+    easing: SharedStore,
     progress: Progress,
     own: Ranks,
 ) -> list[Rounding]:
@@ -386,7 +399,7 @@ def _passes(
     passes: list[Rounding] = []
     if options.get("activations") in EASED:
         how = options["seed"], options["device"]
-        passes.append(EaseInputs(calibration.tokens, grid, dtype, *how, progress))
+        passes.append(EaseInputs(calibration.tokens, grid, easing, dtype, *how, progress))
     if options["method"] == "flexround":
         seed, device = options["seed"], options["device"]
         windows = calibration.tokens

@@ -3,8 +3,7 @@
 Before weights are rounded, every value that linears read is looked at by itself, on calibration text: factors of some
 alpha are moved from it into the columns that read it (`migrate.py`), and where one scale and zero point are to hold
 for all tokens it gets the range on which it then loses least. What is lost is the KL divergence from the float model,
-in nats per token (`sensitivity.py`), by rounding the value, and by rounding to nearest the weights that read it beyond
-what they lose without factors:
+in nats per token (`sensitivity.py`), by rounding the value and by rounding to nearest the weights that read it:
 
     per token  the alpha with the least of both when every token has a scale of its own (`round_rows`)
     static     the alpha, and the range [max(min x, -c), min(max x, c)], with the least of both
@@ -12,9 +11,9 @@ what they lose without factors:
 Sizes of features and ends of ranges are those of some windows, costs are measured on others: a range that fits its own
 windows closely cuts off what other texts bring.
 
-Static values then become per token, the one that gains most by it first, until all of them together cost no more than
-`BUDGET`. First come those in which a few features are giant on one or two tokens that all others attend to: neither a
-grid nor a row of a weight holds them beside the rest.
+Static values then become per token, the one that gains most by it first, until all that are left lose no more than
+`EXTRA` by being static. First come those in which a few features are giant on one or two tokens that all others attend
+to: neither a grid nor a row of a weight holds them beside the rest.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from torch import Tensor
 from tpvc.compiler.ops import TENSOR_RANGE, round_rows, round_tensor
 from tpvc.compiler.program import INPUT_ROUNDERS, Grids, Node, Program, grid_for, linears
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.store import BlockStore
+from tpvc.compiler.tuning.parallel import SharedStore
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
 from tpvc.passes.grid import min_max, on_grid
 from tpvc.passes.migrate import Place, moved, places_of
@@ -44,9 +45,8 @@ CLIPS = tuple(0.8**k for k in range(-2, 20))
 """Where a range may end, relative to the largest entry: from 156 % down to 1 %."""
 COARSE = CLIPS[0:7:2]
 """The ones by which factors are compared."""
-BUDGET = 0.0065
-"""Nats per token that static rounding may cost in all before values are rounded per token: with 8 bits a weight, about
-a percent of perplexity."""
+EXTRA = 0.0006
+"""Nats per token that static rounding may cost in all beyond rounding every value per token."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class EaseInputs:
 
     windows      int64 [n, L] calibration tokens
     grid         on which weights will be rounded
+    store        where the choices lie when all are made: blocks are rounded under these, also in a run that goes on
     scale_dtype  dtype the scales are stored in; they are exact in it
     """
 
     windows: Tensor
     grid: Grids
+    store: BlockStore | SharedStore
     scale_dtype: torch.dtype = torch.float32
     seed: int = 0
     device: str = "cpu"
@@ -67,7 +69,15 @@ class EaseInputs:
 
     @torch.no_grad()
     def __call__(self, program: Program) -> Program:
-        windows = behind_prompts(self.windows[: looked_at(program) + SIZED], program)
+        if self.store.finished(0) is None:
+            record, factors = kept(program, self.choices(program))
+            self.store.save(0, {}, record, factors)
+        return eased(program, self.store.finished(0)[1], self.store.streams(0))
+
+    @torch.no_grad()
+    def choices(self, program: Program) -> dict[str, Choice]:
+        """What is best for every value that is rounded, by the name of what rounds it."""
+        windows = behind_prompts(self.windows[: windows_seen(program)], program)
         ids, few = spread(len(windows), len(program.adapters)), looked_at(program)
         stream = embedded(program, windows, ids)
         gradients = output_gradients(program, stream[:few], ids[:few], self.seed, self.device, self.progress)
@@ -77,25 +87,27 @@ class EaseInputs:
             block = Block(program, index, self.device)
             offers += self.offers(program, block, index, stream, ids, gradients[index])
             stream = block.outputs(stream, block.weights, ids, EXACT)
-        chosen = chosen_of(offers, BUDGET)
-        for offer, choice in zip(offers, chosen, strict=True):
-            if offer.place is not None:
-                program = moved(program, offer.place, choice.factors)
+        chosen = chosen_of(offers, EXTRA)
         nats, apart = sum(c.nats for c in chosen), sum(c.op == "round_rows" for c in chosen)
         note = f"{apart} of {len(chosen)} values per token, {nats:.1e} nats a token"
         self.progress("ease inputs", program.blocks, program.blocks, note)
-        return _with(program, {o.name: (c.op, c.attrs) for o, c in zip(offers, chosen, strict=True)})
+        return {o.name: c for o, c in zip(offers, chosen, strict=True)}
 
     def offers(
         self, program: Program, block: Block, index: int, x: Tensor, ids: Tensor, gradient: Tensor
     ) -> list[Offer]:
         """Of block `index`, given what enters it, x [n, L, D] with adapters `ids` [n], and g [few, L, D] of the first
         windows at its output."""
-        few, places = len(gradient), places_of(program, index)
+        few = len(gradient)
+        places = {n: p for n, p in places_of(program, index).items() if self._holds(p)}
         felt, rest = feel(block, x[:few], ids[:few], gradient), few if len(x) > few else 0
         ends = _ends(block, x[rest:], ids[rest:])
         nodes = [n for n in block.nodes if n.op in INPUT_ROUNDERS]
         return [self._offer(program, block, felt, n, ends[n.name], places.get(n.name)) for n in nodes]
+
+    def _holds(self, place: Place) -> bool:
+        """Whether the grid of what is divided does not mind: rows have scales of their own."""
+        return place.source.op != "linear" or grid_for(self.grid, place.source.params["weight"]).group != 0
 
     def _offer(
         self, program: Program, block: Block, felt: Felt, node: Node, ends: Tensor, place: Place | None
@@ -109,7 +121,6 @@ class EaseInputs:
             found = (place.factors(ends.abs().amax(0), weights, alpha) for alpha in ALPHAS)
             candidates += [place.storable(program, s) for s in found]
         lost = [sum(self._rounded(x, n, block.weights[n], felt.outputs[n], s) for n in names) for s in candidates]
-        lost = [nats - lost[0] for nats in lost]
 
         def row(s: Tensor) -> float:
             return cost(round_rows(x / s, kind="int8") - x / s, squares * s.square())
@@ -138,7 +149,7 @@ class EaseInputs:
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The op and attributes of the node that rounds a value, the factors [D] that are moved out of the value, and what
-    that costs beyond weights that are rounded by themselves."""
+    that costs."""
 
     op: str
     attrs: Mapping
@@ -156,15 +167,38 @@ class Offer:
     dynamic: Choice
 
 
-def chosen_of(offers: list[Offer], budget: float) -> list[Choice]:
-    """Static ones, but for as few as keep the sum within the budget; where none do, for all that gain by it."""
+def kept(program: Program, chosen: Mapping[str, Choice]) -> tuple[dict[str, list], dict[str, Tensor]]:
+    """({"inputs": ops and attributes, "divided": linears whose rows are divided}, {name: factors [D] other than 1})."""
+    places = {name: p for index in range(program.blocks) for name, p in places_of(program, index).items()}
+    factors = {n: c.factors for n, c in chosen.items() if n in places and bool((c.factors != 1).any())}
+    divided = sorted(places[n].source.name for n in factors if places[n].source.op == "linear")
+    inputs = [{"name": n, "op": c.op, "attrs": dict(c.attrs)} for n, c in chosen.items()]
+    return {"inputs": inputs, "divided": divided}, factors
+
+
+def eased(program: Program, record: Mapping[str, list], factors: Mapping[str, Tensor]) -> Program:
+    """The program with what `kept` tells."""
+    for index in range(program.blocks):
+        for name, place in places_of(program, index).items():
+            if name in factors:
+                program = moved(program, place, factors[name])
+    return _with(program, {told["name"]: (told["op"], told["attrs"]) for told in record["inputs"]})
+
+
+def windows_seen(program: Program) -> int:
+    """How many calibration windows are looked at, at most."""
+    return looked_at(program) + SIZED
+
+
+def chosen_of(offers: list[Offer], extra: float) -> list[Choice]:
+    """Static ones where there are any, but for as few as lose more than `extra` by it; all of these together."""
     gains = {o.name: o.static.nats - o.dynamic.nats for o in offers if o.static is not None}
-    total, dynamic = sum((o.static or o.dynamic).nats for o in offers), set()
-    for name in sorted((n for n, gain in gains.items() if gain > 0), key=gains.__getitem__, reverse=True):
-        if total <= budget:
+    left, dynamic = sum(gain for gain in gains.values() if gain > 0), set()
+    for name in sorted(gains, key=gains.__getitem__, reverse=True):
+        if left <= extra or gains[name] <= 0:
             break
         dynamic.add(name)
-        total -= gains[name]
+        left -= gains[name]
     return [o.dynamic if o.static is None or o.name in dynamic else o.static for o in offers]
 
 

@@ -102,7 +102,9 @@ def as_stored(folded: Program, source: Program) -> Program:
             value = read(parameter).to(dtype)
             if not bool(value.isfinite().all()):
                 kind = str(dtype).removeprefix("torch.")
-                raise TpvcError(f"'{name}' does not fit {kind} with the adapter; leave the adapter beside the weights")
+                raise TpvcError(
+                    f"'{name}' does not fit {kind} any more; leave the adapter beside the weights, or use bfloat16"
+                )
             return value
 
         return Lazy(tuple(parameter.shape), dtype, make)

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler import interpret
-from tpvc.compiler.ops import Op
-from tpvc.compiler.program import Program, dense
+from tpvc.compiler.ops import OPS, Op
+from tpvc.compiler.program import INPUT_ROUNDERS, Program, dense
 from tpvc.compiler.progress import Progress, silent
 from tpvc.passes.block import AT_ONCE, EXACT, Block, full_windows
+
+APART = {op: replace(OPS[op], compute=lambda x, **_: x.view_as(x)) for op in INPUT_ROUNDERS}
+"""Nothing is rounded, and what linears read has a gradient of its own beside that of other readers of the value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,7 @@ def feel(block: Block, x: Tensor, ids: Tensor, gradient: Tensor) -> Felt:
             made[names[id(params["weight"])]] = y
             return y
 
-        ops: dict[str, Op] = {**EXACT, "linear": replace(EXACT["linear"], compute=linear)}
+        ops: dict[str, Op] = {**EXACT, **APART, "linear": replace(EXACT["linear"], compute=linear)}
         with torch.enable_grad():
             output = block.output(part.requires_grad_(), block.weights, own, watch, ops)
         found = torch.autograd.grad(output, [*read.values(), *made.values()], after.to(output.device))

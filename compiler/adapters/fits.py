@@ -29,6 +29,21 @@ def check_fits(road: Road, program: Program) -> None:
         check_layout(rotation.variant, rotation.group, rotation.features, f"'{name}'")
 
 
+def check_undivided(road: Road, made_for: Any, program: Program, divided: Sequence[str]) -> None:
+    """Refuse an adapter of the float model that rotates outputs whose features a quantised model has divided by factors
+    of their own, so that int8 activations are easier to round; one that was tuned on that very model is right.
+
+    divided  names of linears, as tpvc.json tells them
+    """
+    turned = next((name for name in road.rotations if name in divided), None)
+    if turned is not None and made_for != program.source.files:
+        raise TpvcError(
+            f"adapter '{road.name}' rotates '{turned}', whose outputs were divided when this model was quantised with"
+            " int8 activations, and it was not tuned on this one; name it with --road when quantising, or tune it on"
+            f" '{program.source.name}'"
+        )
+
+
 def check_tuned_for(prompts: Sequence[Prompt], program: Program, tokenizer: Any = None) -> None:
     """Refuse a prompt that says it was tuned for other weights, or, where `tokenizer` is given, for another one."""
     own = {

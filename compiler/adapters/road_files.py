@@ -212,5 +212,12 @@ def base(program: Program) -> dict[str, Any] | None:
     }
 
 
+def made_for(directory: Path) -> Any:
+    """What an adapter that tpvc wrote says of its model: the hashes of its files; None where nothing is said."""
+    path = Path(directory) / MANIFEST
+    said = read_json(path).get("base") if path.is_file() else None
+    return said.get("files") if isinstance(said, dict) else None
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -171,7 +171,7 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["flexround", "rtn"]),
                 default="flexround",
                 show_default=True,
-                help="Learned rounding, or round-to-nearest (takes seconds; needs no text but for int8 activations).",
+                help="Learned rounding, or round-to-nearest (seconds, and no text but for int8 activations).",
             ),
             click.option(
                 "--recipe",

@@ -73,10 +73,17 @@ def manifest(program: Program) -> dict[str, Any] | None:
 def read_roads(program: Program, directories: Mapping[str, str | Path]) -> tuple[Road, ...]:
     """The RoAd adapters in {name: PEFT directory} for `program`."""
     from tpvc.compiler.adapters import road_files
+    from tpvc.compiler.adapters.fits import check_undivided
 
     for name in directories:
         check_name(name)
-    return tuple(road_files.read(Path(d).expanduser(), program, name) for name, d in directories.items())
+    places = [Path(d).expanduser() for d in directories.values()]
+    found = tuple(road_files.read(d, program, name) for name, d in zip(directories, places, strict=True))
+    divided = (manifest(program) or {}).get("divided") if program.source else None
+    for road, directory in zip(found, places, strict=True):
+        if isinstance(divided, list):
+            check_undivided(road, road_files.made_for(directory), program, divided)
+    return found
 
 
 def with_roads(program: Program, directories: Mapping[str, str | Path]) -> Program:

@@ -126,20 +126,23 @@ def _with_prompt(program: Program, task: str, form: str) -> Program:
 
 def _run(job: Job, asked: dict[str, Any], progress: Progress) -> tuple[dict[str, Any], int]:
     """(what the run of `quantize` takes, bytes of the tokenizer)."""
+    from tpvc.compiler.pipeline import calibrated
     from tpvc.compiler.plan.memory import quantising
     from tpvc.compiler.plan.probe import probe, seconds
     from tpvc.compiler.program import linears
 
-    method, nsamples, head_bits = (asked["job"][key] for key in ("method", "nsamples", "head_bits"))
+    method, activations, head_bits = (asked["job"][key] for key in ("method", "activations", "head_bits"))
+    nsamples = job.nsamples
 
     def peak(sampled: int):
         return quantising(job, method, nsamples, head_bits, sampled, asked["seed"], asked["device"])
 
     progress("plan", 1, 3, "memory")
-    sampled = nsamples if asked["dataset"] == "self" else 0
+    looks = calibrated(method, activations, job.avg_bits)
+    sampled = nsamples if looks and asked["dataset"] == "self" else 0
     most, left = peak(sampled), available()
     progress("plan", 2, 3, "a probe of a few seconds")
-    found = probe({**asked, "timed": left is None or most.host < left})
+    found = probe({**asked, "nsamples": nsamples, "timed": left is None or most.host < left})
     if found.sampled != sampled:
         most = peak(found.sampled)
     shapes = job.source.params

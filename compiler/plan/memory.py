@@ -21,7 +21,7 @@ from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weig
 from tpvc.compiler.program import Grid, Lazy, Program, QTensor, linears, read
 from tpvc.compiler.sample import HELD, batch_size
 from tpvc.passes import ease_inputs
-from tpvc.passes.ease_inputs import EaseInputs
+from tpvc.passes.ease_inputs import EaseInputs, eased, kept
 from tpvc.passes.flexround import FlexRound, held_out
 from tpvc.passes.measure_damage import MeasureDamage, length, looked_at
 from tpvc.passes.round_to_nearest import RoundToNearest
@@ -68,7 +68,7 @@ def quantising(
             program = rewrite(program)
         for parameter in program.params.values():
             read(parameter)
-        if (method == "flexround" or job.avg_bits is not None) and sampled:
+        if sampled:
             _sample(program, sampled, job.seqlen)
         _round(program, job, method, nsamples, head_bits, seed, device)
         return _peak(counter)
@@ -119,7 +119,8 @@ def _ease(program: Program, more: int, job: Job, nsamples: int, seed: int, devic
     windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
     shape = min(nsamples, ease_inputs.looked_at(program)), job.seqlen, program.facts.hidden_size
     _others = [torch.empty(shape) for _ in range(more)]
-    return EaseInputs(windows, job.grid, scale_dtype(job.source), seed, device)(program)
+    ease = EaseInputs(windows, job.grid, Nowhere(), scale_dtype(job.source), seed, device)
+    return eased(program, *kept(program, ease.choices(program)))
 
 
 def _closing(program: Program, grid: Grid, tokens: int) -> int:

@@ -203,17 +203,17 @@ def _easing(made: Any, nsamples: int, seed: int, device: str) -> float:
 
     from tpvc.compiler.pipeline import scale_dtype
     from tpvc.passes.block import EXACT, Block, spread
-    from tpvc.passes.ease_inputs import SIZED, EaseInputs, looked_at
+    from tpvc.passes.ease_inputs import EaseInputs, looked_at, windows_seen
     from tpvc.passes.sensitivity import backwards
 
     program = _random(made.program)
     block, few = Block(program, 0, device), min(nsamples, looked_at(program))
-    windows, some = min(nsamples, few + SIZED), min(16, made.seqlen)
+    windows, some = min(nsamples, windows_seen(program)), min(16, made.seqlen)
     ids = spread(windows, len(program.adapters))
     x = torch.randn(few, made.seqlen, program.facts.hidden_size)
     once = _seconds(lambda: block.outputs(x, block.weights, ids[:few], EXACT)) / few
     back = _seconds(lambda: backwards(block, x, ids[:few], x[None], EXACT), warm=False)
-    find = EaseInputs(x, made.grid, scale_dtype(made.source), seed, device)
+    find = EaseInputs(x, made.grid, None, scale_dtype(made.source), seed, device)
     found = _seconds(lambda: find.offers(program, block, 0, x, ids[:few], x), warm=False)
     head = _head(program, x[:1, :some], ids[:1], 1, EXACT, device) * few * made.seqlen / some
     return head + made.program.blocks * (back + found + once * (2 * windows - few))

@@ -33,6 +33,23 @@ def test_the_manifest_and_inspect_say_it(ok, w8a8):
     assert set(rounded_inputs(frontends.load(w8a8)).values()) == {"int8"}
 
 
+def test_an_adapter_of_the_float_model_is_refused_where_its_outputs_were_divided(
+    ok, refused, w8a8, tiny_llama, write_adapter, tmp_path
+):
+    """Rotations do not commute with factors that differ; an adapter that was tuned on the artefact knows them."""
+    divided = json.loads((w8a8 / "tpvc.json").read_text())["divided"]
+    assert divided and all(name.endswith(("up_proj", "v_proj")) for name in divided)
+    road = write_adapter(tiny_llama, tmp_path / "own")
+    said = refused("export", w8a8, "-o", tmp_path / "onnx", "--road", f"own={road}")
+    assert "whose outputs were divided" in said and "--road when quantising" in said
+    ok("export", w8a8, "-o", tmp_path / "vllm", "--to", "vllm")
+    assert json.loads((tmp_path / "vllm/tpvc.json").read_text())["divided"] == divided
+    assert "whose outputs were divided" in refused("run", tmp_path / "vllm", TEXT, "--adapter", road)
+    tuned = {"artefact": "road", "base": {"files": frontends.load(w8a8).source.files}}
+    (tmp_path / "own/tpvc.json").write_text(json.dumps(tuned))
+    ok("export", w8a8, "-o", tmp_path / "onnx", "--road", f"own={road}")
+
+
 def test_float_activations_leave_no_trace(ok, tiny_llama, tmp_path):
     ok("quantize", tiny_llama, "-o", tmp_path / "w8", "--bits", 8, "--method", "rtn")
     assert "activations" not in json.loads((tmp_path / "w8/tpvc.json").read_text())["options"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import seeds
 import torch
 
 from tpvc.compiler import chat, documents, frontends
-from tpvc.compiler.adapters import prompt_files, prompt_recipe
+from tpvc.compiler.adapters import prompt_files, prompt_recipe, road_files
 from tpvc.compiler.calibration import chat_text
-from tpvc.compiler.cli import inspect
+from tpvc.compiler.cli import inspect, inspect_trained
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import encode
 from tpvc.compiler.frontends import gguf, huggingface
 from tpvc.compiler.frontends.architecture import architecture
@@ -57,9 +59,15 @@ def artefact(root: Path) -> None:
         inspect._provenance(str, told["provenance"])
 
 
+def told(path: Path) -> None:
+    """What `inspect` says of it, whether or not it can be used."""
+    with suppress(TpvcError):
+        inspect_trained.trained_facts(path)
+
+
 def importance(root: Path) -> None:
     path = root / "file.safetensors"
-    importance_file.about(path)
+    told(path)
     found = importance_file.read(path)
     importance_file.check_base(found, path, None)
     for codes in found.omega.values():
@@ -138,9 +146,12 @@ def calls(work: Path) -> dict[str, Call]:
     packed = seeds.packed(work)
 
     def road(root: Path) -> None:
+        told(root)
+        road_files.made_for(root)
         frontends.with_roads(own, {"one": root})
 
     def prompt(root: Path) -> None:
+        told(root)
         frontends.with_prompts(own, {"one": root})
         found = prompt_files.read(root, "one")
         prompt_files.made(root)

@@ -42,13 +42,25 @@ def test_gradients_a_block_at_a_time_are_those_of_the_whole_model(model):
         assert torch.allclose(a, b, rtol=0, atol=20 * 96 * 2**-24 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("where", ["input_layernorm.int8", "self_attn.attention.int8", "mlp.product.int8"])
-def test_it_foretells_the_divergence_that_small_errors_make(model, where):
+AFTER = {"model_type": "opt", "ffn_dim": 64, "do_layer_norm_before": False}
+"""What its norms yield is read by linears and added, too; errors are in what linears read alone."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({}, "input_layernorm.int8"),
+        ({}, "self_attn.attention.int8"),
+        ({}, "mlp.product.int8"),
+        (AFTER, "self_attn_layer_norm.int8"),
+    ],
+)
+def test_it_foretells_the_divergence_that_small_errors_make(model, fields, where):
     """Both sides are sums over 384 tokens of about squares of normal numbers, of the draw of y and of the errors: each
     is off by sqrt(2 / 384) = 7 %, together by 10 %, and by more where one error reaches many tokens. Three times that,
     twice."""
-    program = RoundActivations("int8")(model())
-    name = f"model.layers.0.{where}"
+    program = RoundActivations("int8")(model(**fields))
+    (name,) = (n.name for n in program.block(0) if n.name.endswith(where))
     x = embedded(program, TOKENS, IDS)
     block = Block(program, 0, "cpu")
     felt = feel(block, x, IDS, output_gradients(program, x, IDS)[0])
