@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tpvc.compiler.chat import Engine, cores, open_engine
+from tpvc.compiler.engines import Engine, cores, open_engine
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvc.compiler import chat, frontends, interpret
+from tpvc.compiler import frontends, interpret
+from tpvc.compiler.engines import Engine, cores, is_genai, is_package, open_engine
+from tpvc.compiler.engines.text import auto_tokenizer
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import Perplexity, Predictor, encode, pieces, predictor, read_text, score, text_windows
 from tpvc.compiler.program import Program, adapter_id, prompt_ids
@@ -62,7 +64,7 @@ def measure(
     be loaded or compared, for an adapter or a task that the target lacks, and for a text or a context that is too
     short. A folder that gives the last token's logits only is run token by token.
     """
-    threads = threads or chat.cores()
+    threads = threads or cores()
     names = [(str(target), adapter, task), *([(str(against), None, None)] if against else [])]
     subjects = []
     for i, given in enumerate(names):
@@ -79,10 +81,8 @@ def measure(
 def open_subject(target: str, threads: int, adapter: str | None = None, task: str | None = None) -> Subject:
     """Load `target` for measuring, under one of its adapters and behind one of its prompts, or as the base model."""
     torch.set_num_threads(threads)
-    if chat.is_genai(target) or chat.is_package(target):
-        return Subject(
-            target, chat.auto_tokenizer(Path(target)), _runtime(chat.open_engine(target, threads, adapter, task))
-        )
+    if is_genai(target) or is_package(target):
+        return Subject(target, auto_tokenizer(Path(target)), _runtime(open_engine(target, threads, adapter, task)))
     program, adapter, task = frontends.load_for(target, adapter, task)
     adapter_id(program, adapter), prompt_ids(program, task)  # unknown ones are refused before weights are read
     return Subject(target, frontends.tokenizer(program), predictor(program, weights(program), adapter, task))
@@ -95,7 +95,7 @@ def weights(program: Program) -> interpret.Weight:
     return interpret.in_memory(program) if small else interpret.from_files(program)
 
 
-def _runtime(engine: chat.Engine) -> Predictor:
+def _runtime(engine: Engine) -> Predictor:
     """An engine as score takes it: a window at a time."""
 
     def logits(tokens: Tensor) -> Iterator[Tensor]:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvc.compiler import chat, frontends
+from tpvc.compiler import frontends
 from tpvc.compiler.adapters.prompt_start import embedded
+from tpvc.compiler.engines import room
+from tpvc.compiler.engines.text import Prompt, transformers_text
 from tpvc.compiler.pipeline import scale_dtype
 from tpvc.compiler.program import prompt_ids
 
 
 def prompt_embeds(
-    model: str | Path, task: str, prompt: chat.Prompt, *, max_tokens: int = 64, served: str | None = None
+    model: str | Path, task: str, prompt: Prompt, *, max_tokens: int = 64, served: str | None = None
 ) -> dict[str, Any]:
     """The body of a request to /v1/completions of a vLLM server: `prompt` behind the soft prompt `task`.
 
@@ -32,9 +34,9 @@ def prompt_embeds(
     """
     program, _, task = frontends.load_for(model, None, task)
     before = prompt_ids(program, task)
-    encode, _ = chat.transformers_text(frontends.tokenizer(program), str(model))
+    encode, _ = transformers_text(frontends.tokenizer(program), str(model))
     ids = [*before, *encode(prompt)]
-    max_tokens = chat.room(program.facts.context_length, ids, max_tokens)
+    max_tokens = room(program.facts.context_length, ids, max_tokens)
     vectors = embedded(program, torch.tensor(ids))
     return {
         "model": str(model) if served is None else served,

@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from tpvc.compiler import chat
 from tpvc.compiler.adapters import prompt_recipe
 from tpvc.compiler.cli import cli, inspect
 from tpvc.compiler.documents import documents
+from tpvc.compiler.engines.genai_folder import carried_prompts
 from tpvc.compiler.errors import TpvcError, printable, short
 from tpvc.compiler.frontends import gguf, load
 from tpvc.compiler.frontends.architecture import architecture
@@ -243,7 +243,7 @@ def test_prompts_of_a_genai_folder_are_bounded(tmp_path, prompt):
     told = {"prompts": [{"name": "a", "first_id": 4, "tokens": 2} | prompt]}
     (tmp_path / "tpvc.json").write_text(json.dumps(told))
     with pytest.raises(TpvcError, match="lists a prompt"):
-        chat.carried_prompts(tmp_path)
+        carried_prompts(tmp_path)
 
 
 def test_numbers_beside_an_onnx_graph_lie_beside_it(tmp_path):

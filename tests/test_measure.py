@@ -67,7 +67,7 @@ def test_last_tokens_are_found_out_once(folder, tiny_llama, monkeypatch):
     """Two windows of 6 tokens: one look at what the whole window gives, then every token by itself."""
     import onnxruntime_genai as og
 
-    from tpvc.compiler import chat
+    from tpvc.compiler.engines import open_engine
 
     lengths = []
 
@@ -84,7 +84,7 @@ def test_last_tokens_are_found_out_once(folder, tiny_llama, monkeypatch):
 
     made = og.Generator
     monkeypatch.setattr(og, "Generator", Counted)
-    engine = chat.open_engine(str(folder), 1)
+    engine = open_engine(str(folder), 1)
     both = [engine.logits([5, 6, 7, 8, 9, 10]) for _ in range(2)]
     assert lengths == [6] + [1] * 12
     assert torch.equal(*map(torch.from_numpy, both))

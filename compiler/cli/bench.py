@@ -42,7 +42,7 @@ def command(targets: tuple[str, ...], threads: int | None, png: Path | None, as_
     TARGETS are exported folders, artefacts and MODELs.
     """
     from tpvc.compiler.bench import bench, chart, check_picture
-    from tpvc.compiler.chat import cores
+    from tpvc.compiler.engines import cores
 
     if png is not None:
         check_picture(png)

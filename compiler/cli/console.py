@@ -121,7 +121,7 @@ def table(title: str, *columns: str) -> Table:
 
 def run_command(folder: Path) -> str:
     """What to type to hear the model in `folder`: --raw where no chat template lies beside it."""
-    from tpvc.compiler.chat import has_template
+    from tpvc.compiler.engines.text import has_template
 
     return f'tpvc run {folder} "Hello"' + ("" if has_template(folder) else " --raw")
 

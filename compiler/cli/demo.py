@@ -54,10 +54,10 @@ def command(out: Path, threads: int | None, as_json: bool) -> None:
 def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str, Any]:
     """Do it all, telling it to `story`; the figures, JSON-able."""
     from tpvc.compiler.bench import bench, chart
-    from tpvc.compiler.chat import cores, open_engine
     from tpvc.compiler.cli.bench import rows_table
     from tpvc.compiler.cli.eval import results_table
     from tpvc.compiler.cli.run import reply
+    from tpvc.compiler.engines import cores, open_engine
     from tpvc.compiler.export_pipeline import export
     from tpvc.compiler.frontends import demo, load
     from tpvc.compiler.measure import compare, open_subject, windows_of

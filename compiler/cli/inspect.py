@@ -35,8 +35,8 @@ def command(target: str, everything: bool, as_json: bool) -> None:
     TARGET is an exported folder, an artefact, a MODEL, an adapter, a soft prompt or an importance file. No weights are
     read.
     """
-    from tpvc.compiler.chat import is_genai
     from tpvc.compiler.cli.inspect_trained import trained_facts
+    from tpvc.compiler.engines import is_genai
 
     facts = onnx_facts(Path(target)) if is_genai(target) else trained_facts(Path(target)) or program_facts(target)
     if as_json:
@@ -66,9 +66,9 @@ def program_facts(target: str) -> dict[str, Any]:
     """Facts about a Program, JSON-able."""
     from math import prod
 
-    from tpvc.compiler.chat import parameter_bytes
     from tpvc.compiler.frontends import load, manifest
     from tpvc.compiler.program import bank_params, grid_of, linears, rounded_cache, rounded_inputs
+    from tpvc.compiler.weight_bytes import parameter_bytes
 
     program = load(target)
     rows, rounded = [], rounded_inputs(program)
@@ -118,7 +118,7 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
     """Facts about a folder for ONNX Runtime GenAI, JSON-able."""
     import onnx
 
-    from tpvc.compiler.chat import carried_prompts, genai_facts
+    from tpvc.compiler.engines.genai_folder import carried_prompts, genai_facts
     from tpvc.compiler.frontends.weights import is_file
 
     config = genai_facts(folder)

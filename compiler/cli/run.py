@@ -78,7 +78,7 @@ def command(
         prompt = _piped()
     check_text(prompt or "")
 
-    from tpvc.compiler.chat import open_engine
+    from tpvc.compiler.engines import open_engine
 
     with console.err().status(f"loading {target}"):
         engine = open_engine(target, threads, adapter, task, device)
@@ -104,7 +104,7 @@ def _piped() -> str:
 
 def reply(engine: Any, ids: list[int], max_new_tokens: int, echo: bool, **sampling: Any) -> dict[str, Any]:
     """Stream an answer to standard output (if `echo`) and return it with its figures."""
-    from tpvc.compiler.chat import room
+    from tpvc.compiler.engines import room
 
     limit = room(engine.context_length, ids, max_new_tokens)
     decode, text, tokens, first = engine.decoder(), [], [], 0.0

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvc.compiler import chat, frontends, interpret, measure
+from tpvc.compiler import frontends, interpret, measure
+from tpvc.compiler.engines import Engine, cores, is_genai, is_package, open_engine
+from tpvc.compiler.engines.text import auto_tokenizer
 from tpvc.compiler.evaluate import CHUNK
 from tpvc.compiler.program import Program, adapter_id, prompt_ids
 from tpvc.compiler.tuning.examples import Encoded
@@ -44,9 +46,9 @@ class Scorer:
 
 def open_scorer(target: str, adapter: str | None = None, task: str | None = None, threads: int | None = None) -> Scorer:
     """Load `target`: whatever `tpvc eval` takes, under one of its adapters and behind one of its prompts."""
-    threads = threads or chat.cores()
-    if chat.is_genai(target) or chat.is_package(target):
-        return _of_engine(chat.open_engine(target, threads, adapter, task), Path(target))
+    threads = threads or cores()
+    if is_genai(target) or is_package(target):
+        return _of_engine(open_engine(target, threads, adapter, task), Path(target))
     torch.set_num_threads(threads)
     program, adapter, task = frontends.load_for(target, adapter, task)
     return of_program(program, adapter, task)
@@ -134,7 +136,7 @@ def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return chances.gather(-1, targets[:, None])[:, 0].double(), chances.argmax(-1) == targets
 
 
-def _of_engine(engine: chat.Engine, folder: Path) -> Scorer:
+def _of_engine(engine: Engine, folder: Path) -> Scorer:
     before = len(engine.before)
 
     def verdicts(questions: Sequence[Encoded], done: Callable[[int], Any]) -> list[Verdict]:
@@ -153,5 +155,5 @@ def _of_engine(engine: chat.Engine, folder: Path) -> Scorer:
     def generate(ids: list[int], new: int, temperature: float, seed: int) -> Iterator[int]:
         return engine.generate([*engine.before, *ids], new, temperature, seed)
 
-    tokenizer = chat.auto_tokenizer(folder)
+    tokenizer = auto_tokenizer(folder)
     return Scorer(tokenizer, engine.context_length - before, verdicts, generate)

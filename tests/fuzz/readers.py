@@ -9,10 +9,12 @@ from pathlib import Path
 import seeds
 import torch
 
-from tpvc.compiler import chat, documents, frontends
+from tpvc.compiler import documents, frontends
 from tpvc.compiler.adapters import prompt_files, prompt_recipe, road_files
 from tpvc.compiler.calibration import chat_text
 from tpvc.compiler.cli import inspect, inspect_trained
+from tpvc.compiler.engines.genai_folder import virtual_ids
+from tpvc.compiler.engines.text import auto_tokenizer, has_template, transformers_text
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import encode
 from tpvc.compiler.frontends import gguf, huggingface
@@ -105,14 +107,14 @@ def recipe(root: Path) -> None:
 
 def genai(root: Path) -> None:
     inspect.onnx_facts(root)
-    chat.has_template(root)
-    chat.virtual_ids(root, "task")
+    has_template(root)
+    virtual_ids(root, "task")
 
 
 def tokenizer(root: Path) -> None:
-    found = chat.auto_tokenizer(root)
-    chat.has_template(root)
-    encode_text, decoder = chat.transformers_text(found, "m")
+    found = auto_tokenizer(root)
+    has_template(root)
+    encode_text, decoder = transformers_text(found, "m")
     ids = encode_text("one two")
     push = decoder()
     for token in ids[:4]:

@@ -16,7 +16,7 @@ from tpvc.compiler.backends.triton.model import model_of
 from tpvc.compiler.backends.triton.on_gpu import OnGpu
 from tpvc.compiler.backends.triton.on_torch import OnTorch
 from tpvc.compiler.backends.triton.plan import arena, key_of, recorded
-from tpvc.compiler.chat import open_engine, room
+from tpvc.compiler.engines import open_engine, room
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, dense, linears
 from tpvc.kernels import driver, package, pointwise

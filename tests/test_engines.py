@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tpvc
-from tpvc.compiler import chat
+from tpvc.compiler.engines import open_engine, room
+from tpvc.compiler.engines.genai import _text
 from tpvc.compiler.errors import TpvcError
 
 TEXT = "Wer früh aufsteht, sieht Ѩ 日本 🦊 and more."
@@ -22,7 +23,7 @@ def engines(tmp_path_factory, tiny_llama):
 
     out = tmp_path_factory.mktemp("chat") / "onnx"
     export(tiny_llama, out)
-    return chat.open_engine(str(tiny_llama), 1), chat.open_engine(str(out), 1)
+    return open_engine(str(tiny_llama), 1), open_engine(str(out), 1)
 
 
 def test_streamed_pieces_make_the_text(engines):
@@ -65,12 +66,12 @@ def test_an_unstopped_run_gives_every_token(engines):
 
 def test_room(engines):
     engine = engines[0]
-    assert chat.room(engine.context_length, [1] * 10, 20) == 20
-    assert chat.room(engine.context_length, [1] * 250, 20) == 6
+    assert room(engine.context_length, [1] * 10, 20) == 20
+    assert room(engine.context_length, [1] * 250, 20) == 6
     with pytest.raises(TpvcError, match="context holds 256"):
-        chat.room(engine.context_length, [1] * 256, 1)
+        room(engine.context_length, [1] * 256, 1)
     with pytest.raises(TpvcError, match="empty"):
-        chat.room(engine.context_length, [], 1)
+        room(engine.context_length, [], 1)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_adapters_by_name(deployed):
     ids = [5, 6, 7, 200, 9, 30]
     seen = []
     for name in (None, "loud", "calm"):
-        a, b = (chat.open_engine(str(target), 1, name) for target in deployed)
+        a, b = (open_engine(str(target), 1, name) for target in deployed)
         scores = a.logits(ids)
         bound = 128 * 6 * torch.finfo(torch.float32).eps * abs(scores).max()
         assert abs(scores - b.logits(ids)).max() < bound
@@ -102,18 +103,18 @@ def test_adapters_by_name(deployed):
 def test_unknown_adapters(deployed, tiny_llama, tmp_path):
     for target in deployed:
         with pytest.raises(TpvcError, match=r"^the model has no adapter 'load'; it has (calm, loud|loud, calm)$"):
-            chat.open_engine(str(target), 1, "load")
+            open_engine(str(target), 1, "load")
     plain = tmp_path / "plain"
     tpvc.export(tiny_llama, plain)
     for target in (tiny_llama, plain):
         with pytest.raises(TpvcError, match=r"^the model has no adapter 'loud'; it has none$"):
-            chat.open_engine(str(target), 1, "loud")
+            open_engine(str(target), 1, "loud")
 
 
 def test_a_folder_that_is_not_one(tmp_path):
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "llama"}}))
     with pytest.raises(TpvcError, match="lacks what ONNX Runtime GenAI needs"):
-        chat.open_engine(str(tmp_path))
+        open_engine(str(tmp_path))
 
 
 def test_a_word_list_is_read_through_transformers(tmp_path):
@@ -124,6 +125,6 @@ def test_a_word_list_is_read_through_transformers(tmp_path):
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "sky": 2, "is": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
-    encode, decoder = chat._genai_text(tmp_path, None)
+    encode, decoder = _text(tmp_path, None)
     assert encode("the sky is blue") == [1, 2, 3, 0]
     assert "sky" in decoder()(2)
