@@ -43,7 +43,7 @@ from tpvc.passes.checks import check_float, check_grid
 from tpvc.passes.ease_inputs import EASED, EaseInputs, recorded, windows_seen
 from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out, most_processes
 from tpvc.passes.fold_road import FoldRoad, as_stored
-from tpvc.passes.measure_damage import MeasureDamage, looked_at
+from tpvc.passes.measure_damage import MeasureDamage
 from tpvc.passes.round_activations import FP8_BITS, RoundActivations, check_kind
 from tpvc.passes.round_cache import RoundCache, check_cache
 from tpvc.passes.round_to_nearest import RoundToNearest
@@ -274,7 +274,7 @@ def prepare(
     chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
     seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
     if method == "rtn":  # the rest would be for learning
-        nsamples = min(nsamples, max(windows_seen(program), looked_at(program)))
+        nsamples = min(nsamples, windows_seen(program))
     if calibrated(method, activations, avg_bits):
         _check_windows(program, nsamples, seqlen)
     eased = activations in EASED

@@ -32,14 +32,13 @@ from tpvc.compiler.tuning.parallel import SharedStore
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
 from tpvc.passes.grid import min_max, on_grid
 from tpvc.passes.migrate import Place, moved, places_of
-from tpvc.passes.sensitivity import Felt, cost, feel, output_gradients
+from tpvc.passes.sensitivity import Felt, cost, feel, looked_at, output_gradients
 
 EASED = ("int8", "int8-static")
 """Activations that this is done for. In fp8 a number is rounded relative to itself, whatever its neighbours are."""
-WINDOWS = 8
-"""Of the calibration text, the first ones, on which costs are measured."""
 SIZED = 64
-"""Of the others, the first ones, on which features are sized; where there are none, on the same."""
+"""Windows behind those on which costs are measured, the first ones, on which features are sized; where there are none,
+on the same."""
 ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CLIPS = tuple(0.8**k for k in range(-2, 20))
 """Where a range may end, relative to the largest entry: from 156 % down to 1 %."""
@@ -264,8 +263,3 @@ def _with(program: Program, found: Mapping[str, tuple[str, Mapping]]) -> Program
         return replace(node, op=op, attrs=attrs)
 
     return replace(program, nodes=tuple(changed(n) for n in program.nodes))
-
-
-def looked_at(program: Program) -> int:
-    """How many windows: all adapters have met all prompts in them."""
-    return max(WINDOWS, (len(program.adapters) + 1) * (len(program.prompts) + 1))

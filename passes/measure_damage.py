@@ -33,11 +33,9 @@ from tpvc.passes.block import EXACT, Block, behind_prompts, embedded, spread
 from tpvc.passes.checks import check_float
 from tpvc.passes.grid import min_max, on_grid
 from tpvc.passes.grid_search import search
-from tpvc.passes.sensitivity import backwards, logit_gradients
+from tpvc.passes.sensitivity import backwards, logit_gradients, looked_at
 from tpvc.passes.spend_bits import Fused
 
-WINDOWS = 8
-"""That are looked at, the first ones."""
 LENGTH = 128
 """Tokens of each, where no soft prompt takes more."""
 TOGETHER = 8
@@ -128,11 +126,6 @@ class MeasureDamage:
         if importance is None:
             return on_grid(weight, min_max(weight, grid, self.scale_dtype), grid, self.scale_dtype)
         return on_grid(weight, search(weight, importance, grid, self.scale_dtype), grid, self.scale_dtype)
-
-
-def looked_at(program: Program) -> int:
-    """How many windows: all adapters have met all prompts in them."""
-    return max(WINDOWS, (len(program.adapters) + 1) * (len(program.prompts) + 1))
 
 
 def length(program: Program) -> int:

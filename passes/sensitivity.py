@@ -24,6 +24,8 @@ from tpvc.compiler.program import INPUT_ROUNDERS, Program, dense
 from tpvc.compiler.progress import Progress, silent
 from tpvc.passes.block import AT_ONCE, EXACT, Block, full_windows
 
+WINDOWS = 8
+"""Of the calibration text, the first ones, on which gradients are taken."""
 APART = {op: replace(OPS[op], compute=lambda x, **_: x.view_as(x)) for op in INPUT_ROUNDERS}
 """Nothing is rounded, and what linears read has a gradient of its own beside that of other readers of the value."""
 
@@ -38,6 +40,11 @@ class Felt:
 
     inputs: Mapping[str, tuple[Tensor, Tensor]]
     outputs: Mapping[str, Tensor]
+
+
+def looked_at(program: Program) -> int:
+    """How many windows gradients are taken on: all adapters have met all prompts in them."""
+    return max(WINDOWS, (len(program.adapters) + 1) * (len(program.prompts) + 1))
 
 
 def cost(error: Tensor, squares: Tensor) -> float:

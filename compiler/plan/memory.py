@@ -20,11 +20,11 @@ from tpvc.compiler.pipeline import Job, scale_dtype
 from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weights
 from tpvc.compiler.program import Grid, Lazy, Program, QTensor, linears, read
 from tpvc.compiler.sample import HELD, batch_size
-from tpvc.passes import ease_inputs
 from tpvc.passes.ease_inputs import EaseInputs, eased, kept
 from tpvc.passes.flexround import FlexRound, held_out
-from tpvc.passes.measure_damage import MeasureDamage, length, looked_at
+from tpvc.passes.measure_damage import MeasureDamage, length
 from tpvc.passes.round_to_nearest import RoundToNearest
+from tpvc.passes.sensitivity import looked_at
 from tpvc.passes.tune_scales import TuneScales
 
 BLOCKS = 2
@@ -117,7 +117,7 @@ def _measure(program: Program, more: int, job: Job, method: str, nsamples: int, 
 def _ease(program: Program, more: int, job: Job, nsamples: int, seed: int, device: str) -> Program:
     """Factors and grids of activations, with what enters as many more blocks or the gradients at their ends."""
     windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
-    shape = min(nsamples, ease_inputs.looked_at(program)), job.seqlen, program.facts.hidden_size
+    shape = min(nsamples, looked_at(program)), job.seqlen, program.facts.hidden_size
     _others = [torch.empty(shape) for _ in range(more)]
     ease = EaseInputs(windows, job.grid, Nowhere(), scale_dtype(job.source), seed, device)
     return eased(program, *kept(program, ease.choices(program)))

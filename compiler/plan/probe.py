@@ -173,7 +173,8 @@ def _measuring(made: Any, learned: bool, number: float, seed: int, device: str) 
 
     from tpvc.compiler.pipeline import scale_dtype
     from tpvc.passes.block import Block, spread
-    from tpvc.passes.measure_damage import DRAWS, FLOAT, MEASURED, length, looked_at
+    from tpvc.passes.measure_damage import DRAWS, FLOAT, MEASURED, length
+    from tpvc.passes.sensitivity import looked_at
 
     program, dtype = _random(made.program), scale_dtype(made.source)
     block, windows, few = Block(program, 0, device), looked_at(program), min(16, made.seqlen)
@@ -203,8 +204,8 @@ def _easing(made: Any, nsamples: int, seed: int, device: str) -> float:
 
     from tpvc.compiler.pipeline import scale_dtype
     from tpvc.passes.block import EXACT, Block, spread
-    from tpvc.passes.ease_inputs import EaseInputs, looked_at, windows_seen
-    from tpvc.passes.sensitivity import backwards
+    from tpvc.passes.ease_inputs import EaseInputs, windows_seen
+    from tpvc.passes.sensitivity import backwards, looked_at
 
     program = _random(made.program)
     block, few = Block(program, 0, device), min(nsamples, looked_at(program))

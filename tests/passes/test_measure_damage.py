@@ -10,7 +10,7 @@ from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import Grid, Program, dense
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
-from tpvc.passes import measure_damage
+from tpvc.passes import measure_damage, sensitivity
 from tpvc.passes.block import embedded, full_windows, spread
 from tpvc.passes.measure_damage import MeasureDamage
 from tpvc.passes.round_to_nearest import quantize
@@ -41,7 +41,7 @@ def divergence(program: Program, names: tuple[str, ...], bits: int) -> float:
 def many(monkeypatch):
     """So many draws on so many windows that the mean says something about such a small model."""
     monkeypatch.setattr(measure_damage, "DRAWS", DRAWS)
-    monkeypatch.setattr(measure_damage, "WINDOWS", COUNT)
+    monkeypatch.setattr(sensitivity, "WINDOWS", COUNT)
 
 
 @torch.no_grad()
