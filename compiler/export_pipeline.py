@@ -13,8 +13,9 @@ import tpvc
 from tpvc.compiler import frontends
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.identity import run_identity, versions
+from tpvc.compiler.job import scale_dtype
 from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
-from tpvc.compiler.pipeline import run_identity, scale_dtype, versions
 from tpvc.compiler.program import prompt_ids, rounded_cache, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore

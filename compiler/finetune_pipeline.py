@@ -15,6 +15,7 @@ from tpvc.compiler import finetune_write, frontends
 from tpvc.compiler.adapters.prompt_files import base_print
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.finetune_checks import check_merge, check_rank, load_base, needed_by, told_by
+from tpvc.compiler.identity import run_identity, versions
 from tpvc.compiler.output import (
     ARTEFACT,
     BLOCKS,
@@ -24,7 +25,6 @@ from tpvc.compiler.output import (
     published,
     published_file,
 )
-from tpvc.compiler.pipeline import run_identity, versions
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.tuning import finetune_report, importance_file, layer_coefficients
 from tpvc.compiler.tuning.data import check_run, steps_of

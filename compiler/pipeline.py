@@ -3,51 +3,31 @@ the artefact on, `export_pipeline.py`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import platform
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import tpvc
 from tpvc.compiler import frontends, report
-from tpvc.compiler.adapters.prompt import Prompt
-from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.calibration import Calibration, calibrate
-from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.identity import run_identity
+from tpvc.compiler.job import Job, calibrated, check_processes, prepare, scale_dtype
+from tpvc.compiler.manifest import manifest_of
 from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
-from tpvc.compiler.program import (
-    Grid,
-    Grids,
-    Node,
-    Program,
-    described,
-    grid_of,
-    linears,
-    read,
-)
+from tpvc.compiler.program import Grid, Grids, Program, grid_of, read
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.tuning.parallel import Ranks, SharedStore, processes, ranks
+from tpvc.compiler.tuning.parallel import Ranks, SharedStore, ranks
 from tpvc.compiler.verify import verify
-from tpvc.passes.bank_prompt import BankPrompt
-from tpvc.passes.bank_road import BankRoad
-from tpvc.passes.checks import check_float, check_grid
-from tpvc.passes.ease_inputs import EASED, EaseInputs, recorded, windows_seen
-from tpvc.passes.flexround import RECIPES, FlexRound, Recipe, held_out, most_processes
-from tpvc.passes.fold_road import FoldRoad, as_stored
+from tpvc.passes.ease_inputs import EASED, EaseInputs
+from tpvc.passes.flexround import FlexRound, Recipe, held_out
+from tpvc.passes.fold_road import as_stored
 from tpvc.passes.measure_damage import MeasureDamage
-from tpvc.passes.round_activations import FP8_BITS, RoundActivations, check_kind
-from tpvc.passes.round_cache import RoundCache, check_cache
 from tpvc.passes.round_to_nearest import RoundToNearest
-from tpvc.passes.spend_bits import WIDTHS, Fused, average, check_budget, fused, grids, spend
+from tpvc.passes.spend_bits import average, grids, spend
 from tpvc.passes.tune_scales import TuneScales
 
 
@@ -126,7 +106,7 @@ def quantize(
     )
     source, program, grid, chosen = job.source, job.program, job.grid, job.recipe
     nsamples, seqlen = job.nsamples, job.seqlen
-    _check_processes(method, chosen, nsamples)
+    check_processes(method, chosen, nsamples)
     tokenizer = frontends.tokenizer(program)
     progress("load", 1, 1, "")
 
@@ -176,7 +156,7 @@ def quantize(
         if own.rank:
             return out  # process 0 writes
         rounded = as_stored(rounded, source)
-        manifest, timings = _manifest(source, rounded, store, options, calibration, [*job.adapting, *passes])
+        manifest, timings = manifest_of(source, rounded, store, options, calibration, [*job.adapting, *passes])
         if chosen_bits is not None:
             manifest["chosen_bits"] = chosen_bits
         if eased := easing.finished(0):
@@ -189,100 +169,6 @@ def quantize(
     return out
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What a run of `quantize` is to do, checked; no weight was read for it.
-
-    source          the model
-    program         the same with what is deployed beside its weights: `source` under the passes `adapting`
-    roads, prompts  what those passes brought
-    nsamples        calibration windows that are looked at
-    grid            of the block linears; with avg_bits its bits are the largest width that they pay for everywhere
-    fused           with avg_bits: the groups that bits are chosen for, without damages
-    eased           whether EaseInputs is among the passes
-    """
-
-    source: Program
-    program: Program
-    adapting: tuple[Adapting, ...]
-    roads: tuple[Road, ...]
-    prompts: tuple[Prompt, ...]
-    grid: Grid
-    recipe: Recipe
-    nsamples: int
-    seqlen: int
-    avg_bits: float | None = None
-    fused: tuple[Fused, ...] = ()
-    eased: bool = False
-
-
-def prepare(
-    model: str | Path,
-    *,
-    bits: int | None = None,
-    avg_bits: float | None = None,
-    group: int | None = None,
-    symmetric: bool = False,
-    activations: str | None = None,
-    cache: str | None = None,
-    method: str = "flexround",
-    recipe: str = "default",
-    steps: int | None = None,
-    nsamples: int = 128,
-    seqlen: int | None = None,
-    head_bits: int = 8,
-    roads: Mapping[str, str | Path] | None = None,
-    fold: bool = False,
-    prompts: Mapping[str, str | Path] | None = None,
-) -> Job:
-    """Options of `quantize` and what they mean for `model`. TpvcError for what it would refuse before it starts."""
-    if bits is not None and avg_bits is not None:
-        raise TpvcError(f"found {bits} bits for every weight and {avg_bits:g} on average; give one of them")
-    bits = 4 if bits is None else bits
-    _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
-    if activations is not None:
-        check_kind(activations, bits)
-    if cache is not None:
-        check_cache(cache)
-    if fold and len(roads or {}) != 1:
-        raise TpvcError(f"folding takes exactly one adapter, found {len(roads or {})}; name one, or do not fold")
-    source = program = frontends.load(model)
-    if source.adapters or source.prompts:
-        names = ", ".join(a.name for a in (*source.adapters, *source.prompts))
-        raise TpvcError(f"{model} carries adapters ({names}); quantise its base, and name them with --road or --prompt")
-    adapters = frontends.read_roads(program, roads or {})
-    tasks = frontends.read_prompts(program, prompts or {})
-    adapting: list[Adapting] = [RoundActivations(activations)] if activations else []
-    adapting += [RoundCache(cache)] if cache else []
-    adapting += [BankPrompt(tasks)] if tasks else []
-    adapting += [BankRoad(adapters)] if adapters else []
-    adapting += [FoldRoad()] if fold else []
-    for rewrite in adapting:
-        program = verify(rewrite(program), after=type(rewrite).__name__)
-    if group is None:  # what W8A8 means elsewhere: sums of integers to the end, scaled once
-        group = -1 if bits == 8 and activations else default_group(program)
-    grid = Grid(bits, group, symmetric)
-    nodes = tuple(n for n in program.nodes if n.block is not None)
-    check_grid(grid, program, nodes)
-    check_float(program, nodes)
-    groups: tuple[Fused, ...] = ()
-    if avg_bits is not None:
-        groups = fused(program, grid, scale_dtype(source), [b for b in WIDTHS if activations != "fp8" or b <= FP8_BITS])
-        check_budget(groups, avg_bits)
-        everywhere = {b: average(groups, [b] * len(groups)) for b in groups[0].costs}
-        grid = replace(grid, bits=max(b for b, cost in everywhere.items() if cost <= avg_bits))
-    chosen = RECIPES[recipe] if steps is None else replace(RECIPES[recipe], steps=steps)
-    seqlen = min(256, program.facts.context_length) if seqlen is None else seqlen
-    if method == "rtn":  # the rest would be for learning
-        nsamples = min(nsamples, windows_seen(program))
-    if calibrated(method, activations, avg_bits):
-        _check_windows(program, nsamples, seqlen)
-    eased = activations in EASED
-    return Job(
-        source, program, tuple(adapting), adapters, tasks, grid, chosen, nsamples, seqlen, avg_bits, groups, eased
-    )
-
-
 CLOSING = "closing"
 """Where, among the finished blocks, the closing step keeps its state."""
 EASING = "easing"
@@ -290,67 +176,7 @@ EASING = "easing"
 MEASURED = "measured"
 """Likewise the blocks on which bits were tried."""
 
-Adapting = RoundActivations | RoundCache | BankPrompt | BankRoad | FoldRoad
 Rounding = FlexRound | RoundToNearest | EaseInputs | TuneScales
-
-
-def calibrated(method: str, activations: str | None, avg_bits: float | None = None) -> bool:
-    """Whether a run of `quantize` looks at calibration text."""
-    return method == "flexround" or activations in EASED or avg_bits is not None
-
-
-def default_group(program: Program) -> int:
-    """The largest of 128, 64 and 32 that divides every block linear's columns; per channel if none does."""
-    nodes = linears(n for n in program.nodes if n.block is not None)
-    columns = {program.params[n.params["weight"]].shape[1] for n in nodes}
-    return next((g for g in (128, 64, 32) if all(c % g == 0 for c in columns)), -1)
-
-
-def scale_dtype(program: Program) -> torch.dtype:
-    """Scales are stored in the dtype of the checkpoint's own linears, so that readers need not round them again."""
-    first = linears(program.nodes)[0].params["weight"]
-    return program.params[first].dtype
-
-
-def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples: int, seqlen: int | None) -> None:
-    if not 2 <= bits <= 8:
-        raise TpvcError(f"bits is {bits}; expected a width from 2 to 8")
-    if method not in ("flexround", "rtn"):
-        raise TpvcError(f"method is '{method}'; expected flexround or rtn")
-    if recipe not in RECIPES:
-        raise TpvcError(f"recipe is '{recipe}'; expected one of {', '.join(RECIPES)}")
-    if head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
-        raise TpvcError(f"head bits is {head_bits}; expected 16 (keep the head in float) or a width from 2 to 8")
-    if nsamples < 1 or (seqlen is not None and seqlen < 2):
-        raise TpvcError(f"calibration is {nsamples} windows of {seqlen} tokens; expected at least 1 window of 2 tokens")
-
-
-def _check_processes(method: str, recipe: Recipe, nsamples: int) -> None:
-    """Every process that torchrun started must have a share of the work."""
-    count = processes()
-    if count > 1 and method == "rtn":
-        raise TpvcError(f"found {count} processes and method rtn, which is nothing to share; start it without torchrun")
-    if count > 1 and count > (most := most_processes(recipe, nsamples)):
-        raise TpvcError(
-            f"found {count} processes for {nsamples} calibration windows and steps of {recipe.batch} of them;"
-            f" start at most {most}, or ask for more windows"
-        )
-
-
-def _check_windows(program: Program, nsamples: int, seqlen: int) -> None:
-    """Calibration windows must go round the adapters and prompts, and leave room for text behind the prompts."""
-    combinations = (len(program.adapters) + 1) * (len(program.prompts) + 1)
-    if nsamples < combinations:
-        raise TpvcError(
-            f"{nsamples} calibration windows do not go round the base, {len(program.adapters)} adapters and"
-            f" {len(program.prompts)} prompts; ask for at least {combinations}"
-        )
-    longest = max((p.tokens for p in program.prompts), default=0)
-    if longest and seqlen < 2 * longest:
-        raise TpvcError(
-            f"calibration windows of {seqlen} tokens are too short behind a prompt of {longest} virtual tokens;"
-            f" expected at least {2 * longest}, set --seqlen"
-        )
 
 
 def _check_finite(program: Program, progress: Progress) -> None:
@@ -416,87 +242,6 @@ def _passes(
     return passes
 
 
-def _manifest(
-    program: Program,
-    rounded: Program,
-    store: SharedStore,
-    options: dict[str, Any],
-    calibration: Calibration | None,
-    passes: list[Adapting | Rounding],
-) -> tuple[dict[str, Any], list[float]]:
-    """(tpvc.json without anything that differs between two runs of one command, seconds per block)."""
-    records = [{**store.finished(i)[1], **recorded(rounded, i)} for i in range(program.blocks)]
-    timings = [r.pop("seconds", 0.0) for r in records]
-    head = linears(program.epilogue)[-1]
-    head_grid = grid_of(rounded.params[head.params["weight"]])
-    matrices = {n.params["weight"] for n in linears(rounded.nodes)}
-    tables = [n for n in rounded.nodes if n.op == "embed" and n.params["weight"] not in matrices]
-    kept = [n for n in (*tables, *linears(rounded.nodes)) if grid_of(rounded.params[n.params["weight"]]) is None]
-    manifest = {
-        "tpvc": tpvc.__version__,
-        "artefact": "checkpoint",
-        "source": {
-            "name": program.source.name,
-            "files": program.source.files,
-            "config": dict(program.source.config),
-        },
-        "options": options,
-        "calibration": None if calibration is None else calibration.origin,
-        "passes": [_pass_record(p) for p in passes],
-        "adapters": [a.record for a in rounded.adapters],
-        "prompts": [p.record for p in rounded.prompts],
-        "blocks": records,
-        "head": {
-            "name": head.name,
-            "parameter": head.params["weight"],
-            "bits": head_grid.bits if head_grid else 16,
-            "tied": any(n.op == "embed" and n.params["weight"] == head.params["weight"] for n in program.nodes),
-        },
-        "left_in_float": [{"name": n.name, "why": _why_float(program, n)} for n in kept],
-        "size": {"float_bytes": sum(math.prod(p.shape) * p.dtype.itemsize for p in program.params.values())},
-        "versions": versions("torch", "transformers", "safetensors", "compressed-tensors"),
-    }
-    return manifest, timings
-
-
-def _pass_record(done: Adapting | Rounding) -> dict[str, Any]:
-    record = {"name": type(done).__name__}
-    if isinstance(done, RoundActivations | RoundCache):
-        return {**record, "kind": done.kind}
-    if isinstance(done, BankPrompt):
-        return {**record, "prompts": [p.name for p in done.prompts]}
-    if isinstance(done, BankRoad):
-        return {**record, "adapters": [a.name for a in done.roads]}
-    if isinstance(done, TuneScales):
-        return {**record, "checks": done.checks()}
-    return record if isinstance(done, FoldRoad | EaseInputs) else {**record, "grid": described(done.grid)}
-
-
-def _why_float(program: Program, node: Node) -> str:
-    if node.op == "embed":
-        return "an untied embedding is a table lookup: rounding it saves bytes but no time; kept in float"
-    if node in program.prologue:
-        return "it stands before the first block"
-    return "what follows the last block was kept in float (--head-bits 16)"
-
-
-def run_identity(program: Program) -> dict[str, Any]:
-    """What a resumed run must share with the interrupted one, whatever it does: model, config and torch's version."""
-    return {
-        "source": program.source.files,
-        "config": hashlib.sha256(json.dumps(program.source.config, sort_keys=True).encode()).hexdigest(),
-        "versions": versions("torch"),
-    }
-
-
 def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
     sha = None if calibration is None else calibration.origin["sha256"]
     return {**options, **run_identity(program), "calibration": sha}
-
-
-def versions(*packages: str) -> dict[str, str]:
-    found = {"python": platform.python_version(), "tpvc": tpvc.__version__}
-    for package in packages:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

@@ -19,7 +19,7 @@ from tpvc.compiler import frontends
 from tpvc.compiler.adapters.prompt_start import embedded
 from tpvc.compiler.engines import room
 from tpvc.compiler.engines.text import Prompt, transformers_text
-from tpvc.compiler.pipeline import scale_dtype
+from tpvc.compiler.job import scale_dtype
 from tpvc.compiler.program import prompt_ids
 
 

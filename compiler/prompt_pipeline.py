@@ -19,8 +19,8 @@ from tpvc.compiler.adapters.prompt_recipe import Part, Recipe
 from tpvc.compiler.adapters.search_scale import search
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json
+from tpvc.compiler.identity import versions
 from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published, replacing
-from tpvc.compiler.pipeline import versions
 from tpvc.compiler.program import Program, prompt_ids, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.report import render

@@ -12,8 +12,8 @@ from tpvc.compiler import frontends
 from tpvc.compiler.adapters import compose_road, road_files
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.identity import versions
 from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published
-from tpvc.compiler.pipeline import versions
 from tpvc.compiler.program import Lazy, Program, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.verify import verify

@@ -15,7 +15,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from tpvc.compiler.pipeline import Job
+    from tpvc.compiler.job import Job
     from tpvc.compiler.program import Program
 
 
@@ -62,7 +62,7 @@ def plan(
     """
     from tpvc.compiler import frontends
     from tpvc.compiler.export_pipeline import EXPORTS
-    from tpvc.compiler.pipeline import prepare
+    from tpvc.compiler.job import prepare
     from tpvc.compiler.plan.imagined import without_weights
     from tpvc.compiler.plan.outcome import outcome
     from tpvc.compiler.plan.runtimes import matrices, verdicts
@@ -126,7 +126,7 @@ def _with_prompt(program: Program, task: str, form: str) -> Program:
 
 def _run(job: Job, asked: dict[str, Any], progress: Progress) -> tuple[dict[str, Any], int]:
     """(what the run of `quantize` takes, bytes of the tokenizer)."""
-    from tpvc.compiler.pipeline import calibrated
+    from tpvc.compiler.job import calibrated
     from tpvc.compiler.plan.memory import quantising
     from tpvc.compiler.plan.probe import probe, seconds
     from tpvc.compiler.program import linears

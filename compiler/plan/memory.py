@@ -16,7 +16,7 @@ import torch
 
 from tpvc.compiler.compressed_tensors_format import Form, entries
 from tpvc.compiler.interpret import from_files, in_memory, logits
-from tpvc.compiler.pipeline import Job, scale_dtype
+from tpvc.compiler.job import Job, scale_dtype
 from tpvc.compiler.plan.imagined import Counter, imagine, imagined, without_weights
 from tpvc.compiler.program import Grid, Lazy, Program, QTensor, linears, read
 from tpvc.compiler.sample import HELD, batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tpvc.compiler.pipeline import Job, scale_dtype
+from tpvc.compiler.job import Job, scale_dtype
 from tpvc.compiler.plan.imagined import imagine, without_weights
 from tpvc.compiler.program import Grid, Grids, Lazy, Program, grid_for, linears
 from tpvc.passes.spend_bits import grids, spend

@@ -83,7 +83,7 @@ def _work(job: dict[str, Any], dataset: str, nsamples: int, seed: int, device: s
     from tpvc.compiler import frontends
     from tpvc.compiler.calibration import text_windows
     from tpvc.compiler.freed import give_back
-    from tpvc.compiler.pipeline import calibrated, prepare, scale_dtype
+    from tpvc.compiler.job import calibrated, prepare, scale_dtype
     from tpvc.passes.ease_inputs import with_any_grids
 
     found = prepare(**job)
@@ -171,7 +171,7 @@ def _measuring(made: Any, learned: bool, number: float, seed: int, device: str) 
     """Seconds of measuring what widths cost: a pass through the first block, and a few tokens through the head."""
     import torch
 
-    from tpvc.compiler.pipeline import scale_dtype
+    from tpvc.compiler.job import scale_dtype
     from tpvc.passes.block import Block, spread
     from tpvc.passes.measure_damage import DRAWS, FLOAT, MEASURED, length
     from tpvc.passes.sensitivity import looked_at
@@ -202,7 +202,7 @@ def _easing(made: Any, nsamples: int, seed: int, device: str) -> float:
     """Seconds of finding factors and grids of activations, by the first block and a few tokens through the head."""
     import torch
 
-    from tpvc.compiler.pipeline import scale_dtype
+    from tpvc.compiler.job import scale_dtype
     from tpvc.passes.block import EXACT, Block, spread
     from tpvc.passes.ease_inputs import EaseInputs, windows_seen
     from tpvc.passes.sensitivity import backwards, looked_at

@@ -20,7 +20,7 @@ from tpvc.compiler.backends.onnx.genai import GENAI
 from tpvc.compiler.backends.onnx.matmulnbits import layout_of
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import architecture
-from tpvc.compiler.pipeline import scale_dtype
+from tpvc.compiler.job import scale_dtype
 from tpvc.compiler.plan.disk import checkpoint_bytes, onnx_bytes, triton_bytes
 from tpvc.compiler.program import Grid, Program, constant_prefix, grid_of, linears, rounded_cache, rounded_inputs
 from tpvc.kernels.targets import TARGETS, Target

@@ -16,9 +16,9 @@ from torch import Tensor
 import tpvc
 from tpvc.compiler.adapters.prompt_files import base_print
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.identity import run_identity
 from tpvc.compiler.interpret import Weight
 from tpvc.compiler.ops import OPS
-from tpvc.compiler.pipeline import run_identity
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.tuning import importance_file

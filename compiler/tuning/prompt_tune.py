@@ -19,8 +19,8 @@ from tpvc.compiler import frontends, interpret
 from tpvc.compiler.adapters import prompt_files, prompt_start
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.identity import run_identity
 from tpvc.compiler.output import ARTEFACT, BLOCKS, check_apart, check_free, published
-from tpvc.compiler.pipeline import run_identity
 from tpvc.compiler.program import prompt_ids
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tpvc
 from tpvc.compiler import frontends, interpret
+from tpvc.compiler.identity import run_identity
 from tpvc.compiler.output import ARTEFACT, BLOCKS, check_apart, check_free, published
-from tpvc.compiler.pipeline import run_identity
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning import report, road

@@ -5,7 +5,8 @@ import torch
 
 from tpvc.compiler import frontends
 from tpvc.compiler.export_pipeline import export
-from tpvc.compiler.pipeline import prepare, quantize
+from tpvc.compiler.job import prepare
+from tpvc.compiler.pipeline import quantize
 from tpvc.compiler.plan.disk import checkpoint_bytes, onnx_bytes, triton_bytes
 from tpvc.compiler.plan.outcome import imagined_grids, outcome
 from tpvc.passes.spend_bits import average

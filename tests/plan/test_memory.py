@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tpvc.compiler.pipeline import prepare
+from tpvc.compiler.job import prepare
 from tpvc.compiler.plan.imagined import SLACK
 from tpvc.compiler.plan.memory import quantising
 
@@ -57,7 +57,7 @@ from torch import manual_seed, randn
 from tpvc.compiler.bench import peak_bytes
 from tpvc.compiler.plan.probe import _random, _resident
 from tpvc.compiler.plan.memory import _round
-from tpvc.compiler.pipeline import prepare
+from tpvc.compiler.job import prepare
 import torch
 job = prepare(sys.argv[1], method="flexround", nsamples=64, steps=2)
 def run(program, n):
