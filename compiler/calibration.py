@@ -1,7 +1,7 @@
 """The tokens that rounding is fitted on: windows cut from a user's text, from the built-in text, or sampled.
 
-Documents are tokenised one by one without special tokens, concatenated in order, and the first n * L tokens are cut
-into n windows of L. The built-in text interleaves its domains, so that any number of windows is a mixture.
+Documents are tokenised one by one without special tokens, concatenated in order, and cut into the first n windows of L
+tokens (`windows.py`). The built-in text interleaves its domains, so that any number of windows is a mixture.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tpvc.compiler.documents import READERS, Documents, documents, record_text
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.evaluate import encode
 from tpvc.compiler.frontends.demo import sha256
 from tpvc.compiler.frontends.tokenizer_files import rendered
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress
 from tpvc.compiler.sample import sample
+from tpvc.compiler.windows import beginning, cut, encode, room
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +79,8 @@ def text_windows(
     origin says). The others are for the model to write."""
     if nsamples < 1 or seqlen < 2:
         raise TpvcError(f"{nsamples} windows of {seqlen} tokens were asked for; expected at least 1 window of 2 tokens")
+    begin = beginning(tokenizer)
+    room(begin, seqlen)
     if seqlen > program.facts.context_length:
         raise TpvcError(
             f"windows of {seqlen} tokens were asked for, the model's context is {program.facts.context_length}; "
@@ -90,7 +92,8 @@ def text_windows(
     if dataset == "builtin":
         texts = builtin()
         files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-        windows = interleaved([encode(tokenizer, text) for text in texts.values()], seqlen)[:nsamples]
+        domains = [encode(tokenizer, text) for text in texts.values()]
+        windows = interleaved(domains, begin, seqlen)[:nsamples]
     elif dataset != "self":
         path = Path(dataset).expanduser()
         if path.suffix.lower() in READERS or path.exists():
@@ -116,7 +119,7 @@ def builtin() -> dict[str, str]:
     return {name: folder.joinpath(name).read_text(encoding="utf-8") for name in names}
 
 
-def interleaved(domains: list[list[int]], seqlen: int) -> Tensor:
+def interleaved(domains: list[list[int]], begin: list[int], seqlen: int) -> Tensor:
     """All windows that the domains hold, int64 [n, seqlen]: every prefix mixes the domains in proportion.
 
     Window i of n of a domain stands at (i + 1/2) / n of the way. What is left over at the end of each domain is
@@ -124,12 +127,11 @@ def interleaved(domains: list[list[int]], seqlen: int) -> Tensor:
     """
     placed, rest = [], []
     for index, ids in enumerate(domains):
-        count = len(ids) // seqlen
-        placed += [((i + 0.5) / count, index, ids[i * seqlen : (i + 1) * seqlen]) for i in range(count)]
-        rest += ids[count * seqlen :]
-    windows = [ids for _, _, ids in sorted(placed, key=lambda p: p[:2])]
-    windows += [rest[i : i + seqlen] for i in range(0, len(rest) - seqlen + 1, seqlen)]
-    return torch.tensor(windows, dtype=torch.int64).view(-1, seqlen)
+        own = cut(ids, begin, seqlen)
+        placed += [((i + 0.5) / len(own), index, window) for i, window in enumerate(own)]
+        rest += ids[len(own) * room(begin, seqlen) :]
+    windows = [window for _, _, window in sorted(placed, key=lambda p: p[:2])]
+    return torch.stack([*windows, *cut(rest, begin, seqlen)]) if windows else cut(rest, begin, seqlen)
 
 
 def chat_text(tokenizer: Any, messages: Any) -> str:
@@ -141,13 +143,15 @@ def chat_text(tokenizer: Any, messages: Any) -> str:
 
 def _first_windows(texts: Iterable[str], tokenizer: Any, dataset: str, nsamples: int, seqlen: int) -> Tensor:
     ids: list[int] = []
+    begin = beginning(tokenizer)
+    step = room(begin, seqlen)
     for text in texts:
         ids += encode(tokenizer, text)
-        if len(ids) >= nsamples * seqlen:
-            return torch.tensor(ids[: nsamples * seqlen], dtype=torch.int64).view(nsamples, seqlen)
+        if len(ids) >= nsamples * step:
+            return cut(ids[: nsamples * step], begin, seqlen)
     raise TpvcError(
-        f"{dataset} holds {len(ids)} tokens, {nsamples} windows of {seqlen} need {nsamples * seqlen}; use a longer "
-        f"text or ask for fewer or shorter windows (at most {len(ids) // seqlen} of {seqlen})"
+        f"{dataset} holds {len(ids)} tokens, {nsamples} windows of {seqlen} need {nsamples * step}; use a longer "
+        f"text or ask for fewer or shorter windows (at most {len(ids) // step} of {seqlen})"
     )
 
 

@@ -1,7 +1,7 @@
 """How good a model is: perplexity of a text, and its distance from another model.
 
-Protocol: the text is tokenised without special tokens, the first n * L tokens are cut into n windows of L, and every
-window predicts its own tokens 1 .. L-1 from what comes before them in the window. Memory is bounded by a batch of
+Protocol: the text is tokenised and cut into n windows of L tokens (`windows.py`), and every window predicts its own
+tokens 1 .. L-1 from what comes before them in the window. Memory is bounded by a batch of
 windows and a chunk of logits, whatever the length of the text.
 """
 
@@ -20,6 +20,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.interpret import Weight, from_files, positions_of, run
 from tpvc.compiler.program import Program, adapter_id, prompt_ids
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.windows import beginning, cut, encode, room
 
 BATCH = 4
 """Windows at a time."""
@@ -71,11 +72,6 @@ class Predictor:
     logits: Callable[[Tensor], Iterator[Tensor]]
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text without added special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file; TpvcError when it is missing or not UTF-8."""
     try:
@@ -87,16 +83,17 @@ def read_text(path: str | Path) -> str:
 
 
 def text_windows(path: str | Path, tokenizer: Any, windows: int, seqlen: int) -> Tensor:
-    """The first `windows * seqlen` tokens of a text file, int64 [windows, seqlen]; TpvcError when it is too short."""
+    """The first so many windows of a text file, int64 [windows, seqlen]; TpvcError when it is too short."""
     if windows < 1 or seqlen < 2:
         raise TpvcError(f"{windows} windows of {seqlen} tokens were asked for; expected at least 1 window of 2 tokens")
-    ids = encode(tokenizer, read_text(path))
-    if len(ids) < windows * seqlen:
+    ids, begin = encode(tokenizer, read_text(path)), beginning(tokenizer)
+    needed = windows * room(begin, seqlen)
+    if len(ids) < needed:
         raise TpvcError(
-            f"{path} holds {len(ids)} tokens, {windows} windows of {seqlen} need {windows * seqlen}; use a longer text "
-            f"or at most {len(ids) // seqlen} windows"
+            f"{path} holds {len(ids)} tokens, {windows} windows of {seqlen} need {needed}; use a longer text "
+            f"or at most {len(ids) // room(begin, seqlen)} windows"
         )
-    return torch.tensor(ids[: windows * seqlen], dtype=torch.int64).view(windows, seqlen)
+    return cut(ids[:needed], begin, seqlen)
 
 
 def perplexity(

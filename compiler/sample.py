@@ -10,6 +10,7 @@ from torch import Tensor
 from tpvc.compiler.interpret import Cache, from_files, in_memory, logits
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.windows import beginning
 
 HELD = 2 << 30
 """Bytes of float32 parameters up to which a model is held in memory to sample; a larger one is read every step."""
@@ -23,8 +24,9 @@ def sample(
 ) -> Tensor:
     """`windows` windows of `seqlen` tokens, int64, sampled at temperature 1 from one generator seeded with `seed`.
 
-    Every window begins with an ordinary token drawn uniformly, which spreads the windows over topics; a model that ends
-    its text goes on with another one. Ids that the tokenizer does not know (padding rows of the embedding) never occur.
+    Behind what every window begins with (`windows.py`) stands an ordinary token drawn uniformly, which spreads the
+    windows over topics; a model that ends its text goes on with another one. Ids that the tokenizer does not know
+    (padding rows of the embedding) never occur.
     """
     known = min(len(tokenizer), program.facts.vocab_size)
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", ()))
@@ -33,13 +35,15 @@ def sample(
     small = sum(4 * torch.Size(p.shape).numel() for p in program.params.values()) <= HELD
     weight = in_memory(program) if small else from_files(program)
     report, drawn = progress or silent, []
+    begin = torch.tensor(beginning(tokenizer), dtype=torch.int64)
     batch = batch_size(program, seqlen)
     for first in range(0, windows, batch):
         rows = min(batch, windows - first)
         step = ordinary[torch.randint(len(ordinary), (rows, 1), generator=generator)]
+        step = torch.cat((begin.expand(rows, -1), step), 1)
         cache: Cache = {}
         tokens = [step]
-        for position in range(1, seqlen):
+        for position in range(step.shape[1], seqlen):
             chances = logits(program, step, weight=weight, cache=cache)[:, -1, :known].softmax(-1)
             step = torch.multinomial(chances, 1, generator=generator)
             tokens.append(step)

@@ -13,12 +13,13 @@ import torch
 from tpvc.compiler import sample as sampling
 from tpvc.compiler.calibration import builtin, calibrate, interleaved
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.evaluate import encode, text_windows
+from tpvc.compiler.evaluate import text_windows
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.interpret import logits
 from tpvc.compiler.program import Program
 from tpvc.compiler.sample import batch_size, sample
 from tpvc.compiler.verify import verify
+from tpvc.compiler.windows import encode
 
 VOCAB = 264
 TEXTS = ["A first document, with words. ", "Zweites Stück: größer! ", "and the last one, 12345 and so on and on. "]
@@ -193,7 +194,7 @@ def test_a_tokenizer_of_another_model(program, tmp_path):
 
 def test_interleaving_mixes_every_prefix_and_loses_only_the_last_tail():
     domains = [list(range(0, 41)), list(range(100, 122)), list(range(200, 205))]
-    found = interleaved(domains, 4)
+    found = interleaved(domains, [], 4)
     assert found.shape == (17, 4)  # 10 + 5 + 1 whole windows; tails of 1, 2 and 1 tokens make one more
     assert found[-1].tolist() == [40, 120, 121, 204]
     assert sorted(found.flatten().tolist()) == sorted(chain(*domains))
@@ -201,7 +202,7 @@ def test_interleaving_mixes_every_prefix_and_loses_only_the_last_tail():
         for length in range(1, 17):
             among = int((found[:length, 0] // 100 == index).sum())
             assert abs(among - share * length / 16) <= 1
-    assert interleaved([[1, 2, 3]], 4).shape == (0, 4)
+    assert interleaved([[1, 2, 3]], [], 4).shape == (0, 4)
 
 
 def test_built_in_text_mixes_its_domains(program, tokenizer):

@@ -45,11 +45,11 @@ def windows(n, length, seed=3):
 
 
 class Letters:
-    """A tokenizer of one token a character."""
+    """A tokenizer of one token a character, which ends a text with token 0."""
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         ids = [ord(c) % VOCAB for c in text]
-        return {"input_ids": [0, *ids] if add_special_tokens else ids}
+        return {"input_ids": [*ids, 0] if add_special_tokens else ids}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -44,7 +44,7 @@ WINDOWS = {"calibration": (128, 256), "test": (40, 512)}
 def main() -> None:
     args = arguments()
     if args.list:
-        print("\n".join(row.name for row in rows()))
+        print("\n".join(row.name for row in args.chosen))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which also ends the script that runs
     wanted = args.chosen
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, default=Path("peers"))
     parser.add_argument("--envs", type=Path, help="where the environments are made; default OUT/envs")
     parser.add_argument("--rows", default=None, help="words of row names, several with commas; default: all")
-    parser.add_argument("--list", action="store_true", help="print the names of all rows, and end")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows, and end")
     parser.add_argument(
         "--against", default=AGAINST, choices=[m.name for m in METHODS], help="ratios are to this method"
     )
@@ -83,6 +83,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cross-check", action="store_true", help="let transformers measure the perplexity as well")
     args = parser.parse_args()
+    try:
+        args.chosen = list(rows()) if args.rows is None else chosen(args.rows)
+    except ValueError as error:
+        parser.error(str(error))
     if args.list:
         return args
     for text in (args.calibration, args.test):
@@ -94,10 +98,6 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {number}; expected 1 or more")
     if args.task_data is not None and not args.task_data.is_dir():
         parser.error(f"there is no folder {args.task_data}; --task-data is to name the one with the tasks' data")
-    try:
-        args.chosen = list(rows()) if args.rows is None else chosen(args.rows)
-    except ValueError as error:
-        parser.error(str(error))
     counts = {"calibration": args.calibration_windows, "test": args.test_windows}
     args.windows = {name: [count, WINDOWS[name][1]] for name, count in counts.items()}
     args.out, args.calibration, args.test = (p.resolve() for p in (args.out, args.calibration, args.test))

@@ -13,8 +13,8 @@ from tpvc.compiler.adapters import prompt_files
 from tpvc.compiler.adapters.fits import check_prompt_fits, check_tuned_for
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.evaluate import encode
 from tpvc.compiler.program import Program
+from tpvc.compiler.windows import encode
 from tpvc.passes.bank_prompt import TOKENS, embeddings
 
 COMMON = 5000

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.fields import Config
-from tpvc.compiler.frontends.gemma2 import gemma2
+from tpvc.compiler.frontends.gemma import gemma2, gemma3
 from tpvc.compiler.frontends.gpt2 import gpt2
 from tpvc.compiler.frontends.gpt_neox import gpt_neox
 from tpvc.compiler.frontends.graph import Architecture
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Callable[[Config], Architecture]] = {
     "qwen3": qwen3,
     "phi3": phi3,
     "gemma2": gemma2,
+    "gemma3_text": gemma3,
     "opt": opt,
     "gpt2": gpt2,
     "gpt_neox": gpt_neox,

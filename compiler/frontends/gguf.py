@@ -40,12 +40,14 @@ INSIDE = {
 }
 """GGUF names to Hugging Face names, around and inside the blocks (blk.N -> model.layers.N)."""
 
+GEMMA = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 RENAMED = {
-    "gemma2": {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
 }
 """Where an architecture differs from INSIDE."""
@@ -237,7 +239,7 @@ def _permuted_heads(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> int | 
 
 def _reading(path: Path, tensor: gguf.ReaderTensor, config: dict[str, Any]) -> Callable[[], torch.Tensor]:
     heads = _permuted_heads(tensor, config)
-    plus_one = config["model_type"] == "gemma2" and tensor.name.split(".")[-2].endswith("norm")
+    plus_one = config["model_type"] in ("gemma2", "gemma3_text") and tensor.name.split(".")[-2].endswith("norm")
 
     def read() -> torch.Tensor:
         values = np.empty(tuple(reversed(tensor.shape.tolist())), np.float32)

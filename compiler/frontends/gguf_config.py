@@ -20,10 +20,12 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
-"""Values of general.architecture that can be loaded (llama.cpp calls Mistral and SmolLM2 "llama")."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+"""Values of general.architecture that can be loaded (llama.cpp calls Mistral and SmolLM2 "llama", and the text model of
+Gemma-3 "gemma3")."""
 
 SIZES = {
     "context_length": "max_position_embeddings",
@@ -51,6 +53,7 @@ OF_FAMILY = {
     "llama": {"attention.sliding_window"},
     "phi3": {"attention.sliding_window"},
     "gemma2": {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"},
+    "gemma3": {"attention.sliding_window", "rope.freq_base_swa"},
 }
 IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 """Say nothing about the computation: the vocabulary's size is the number of rows of the embedding."""
@@ -86,7 +89,7 @@ def config(
             f"{head_dim} features; only equal lengths are supported"
         )
     window = int(given.get("attention.sliding_window") or 0) or None
-    kind = "mistral" if arch == "llama" and window else arch
+    kind = {"llama": "mistral" if window else "llama", "gemma3": "gemma3_text"}.get(arch, arch)
     values |= {
         "model_type": kind,
         "architectures": [CLASSES[kind]],
@@ -95,7 +98,7 @@ def config(
         "num_key_value_heads": int(given.get("attention.head_count_kv") or heads),
         "head_dim": head_dim,
         "rms_norm_eps": decimal(_need(arch, given, "attention.layer_norm_rms_epsilon")),
-        "rope_theta": decimal(given.get("rope.freq_base", 10000.0)),
+        "rope_theta": decimal(given.get("rope.freq_base", 1e6 if arch == "gemma3" else 1e4)),
         "rope_scaling": rope_scaling(arch, given, head_dim, shapes, tensor),
         "tie_word_embeddings": "output.weight" not in shapes,
         **_special_tokens(metadata),
@@ -136,13 +139,22 @@ def _of_family(
                 "sliding_window": window,
                 "partial_rotary_factor": rotated / head_dim,
             }
-    # Gemma-2. The query scale is not in the file: the 27B model (46 layers) divides by features per head, the others
-    # by head_dim.
-    wide = values["num_hidden_layers"] == 46
-    return {
+    # Gemma. The query scale is not in the file: the 27B models (46 and 62 layers) divide by features per head, the
+    # others by head_dim.
+    wide = values["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[kind]
+    gemma = {
         "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": window or 4096,
         "query_pre_attn_scalar": values["hidden_size"] // values["num_attention_heads"] if wide else head_dim,
+    }
+    if kind == "gemma3_text":
+        return {
+            **gemma,
+            "sliding_window": _need("gemma3", given, "attention.sliding_window"),
+            "rope_local_base_freq": decimal(given.get("rope.freq_base_swa", 10000.0)),
+        }
+    return {
+        **gemma,
+        "sliding_window": window or 4096,
         "attn_logit_softcapping": decimal(_need("gemma2", given, "attn_logit_softcapping")),
         "final_logit_softcapping": decimal(_need("gemma2", given, "final_logit_softcapping")),
     }

@@ -21,7 +21,7 @@ from typing import Any
 
 from tpvc.compiler import json_text
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.evaluate import encode
+from tpvc.compiler.windows import beginning
 
 TEMPLATE = "{text}\n"
 """Of records with a text and without a prompt, where the user gives none."""
@@ -83,7 +83,7 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int
     """
     if not examples:
         return []
-    begin = _begin(tokenizer)
+    begin = beginning(tokenizer)
     prompts, wholes, completions = (
         tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for texts in zip(*((e.prompt, e.prompt + e.completion, e.completion) for e in examples), strict=True)
@@ -109,12 +109,6 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int
         before = begin + prompt[max(0, len(prompt) - room) :]
         made.append(Encoded(tuple(before + answer), len(before)))
     return made
-
-
-def _begin(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before plain text of its own accord: its beginning of text, or none."""
-    plain, full = encode(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
-    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

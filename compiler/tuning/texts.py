@@ -18,11 +18,11 @@ import torch
 from tpvc.compiler.calibration import calibrate, chat_text
 from tpvc.compiler.documents import documents
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.evaluate import encode
 from tpvc.compiler.program import Program, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.tuning.data import HELD_OUT, Data, held_out, read_data
 from tpvc.compiler.tuning.examples import SUFFIXES, Encoded
+from tpvc.compiler.windows import beginning, cut, encode, room
 
 WINDOWS = 64
 """Of text, at most as many windows are kept to choose by: all their tokens have loss."""
@@ -82,14 +82,15 @@ def windows(program: Program, tokenizer: Any, path: Path, length: int) -> list[E
         )
     for text in found.texts:
         ids += encode(tokenizer, text)
-    if len(ids) < length:
-        raise TpvcError(f"{path} holds {len(ids)} tokens; expected at least {length}, a window, use a longer text")
+    begin = beginning(tokenizer)
+    if len(ids) < (least := room(begin, length)):
+        raise TpvcError(f"{path} holds {len(ids)} tokens; expected at least {least}, a window, use a longer text")
     if max(ids) >= program.facts.vocab_size:
         raise TpvcError(
             f"{path} has token {max(ids)}, the model knows {program.facts.vocab_size}; the tokenizer is not this"
             " model's"
         )
-    return [Encoded(tuple(ids[i : i + length]), 1) for i in range(0, len(ids) - length + 1, length)]
+    return [Encoded(tuple(window), max(1, len(begin))) for window in cut(ids, begin, length).tolist()]
 
 
 def read_general(

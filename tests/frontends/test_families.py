@@ -98,6 +98,24 @@ CASES = {
         query_pre_attn_scalar=4,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
+    "gemma3-default-layers": of(
+        hf.Gemma3TextConfig, num_hidden_layers=7, num_key_value_heads=1, head_dim=16, sliding_window=4
+    ),
+    "gemma3-scaled-untied": of(
+        hf.Gemma3TextConfig,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=3,
+        attention_bias=True,
+        final_logit_softcapping=3.0,
+        tie_word_embeddings=False,
+        query_pre_attn_scalar=24,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
     "opt-before": opt,
     "opt-350m-shape": lambda: opt(do_layer_norm_before=False, proj=20),
     "opt-untied-gelu": lambda: opt(tie_word_embeddings=False, activation_function="gelu", enable_bias=False),

@@ -66,6 +66,18 @@ FAMILIES = {
         "final_logit_softcapping": 10.0,
         "tie_word_embeddings": True,
     },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 6,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 5,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "tie_word_embeddings": True,
+    },
     "phi3": {"model_type": "phi3", "sliding_window": 7},
     "phi3-partial": {"model_type": "phi3", "sliding_window": None, "partial_rotary_factor": 0.75},
 }
@@ -78,7 +90,7 @@ def oracle(name, seed=0):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for key, value in model.named_parameters():
         if value.ndim == 1:
-            torch.nn.init.normal_(value, mean=float("norm" in key and "gemma2" not in name), std=0.1)
+            torch.nn.init.normal_(value, mean=float("norm" in key and "gemma" not in name), std=0.1)
         else:
             torch.nn.init.normal_(value, std=0.08)
     return model
@@ -108,10 +120,10 @@ def quantised(weight, kind):
 def write(path, model, kind=Type.F32, metadata=(), version=3):
     """Write `model` as llama.cpp's converter would; returns {Hugging Face name: the float32 values stored}."""
     c, family = model.config, model.config.model_type
-    arch = "llama" if family == "mistral" else family
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
     heads, kv = c.num_attention_heads, c.num_key_value_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-    rope = c.rope_parameters
+    rope = c.rope_parameters.get("full_attention", c.rope_parameters)
     writer = package.GGUFWriter(path, arch)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -149,11 +161,11 @@ def write(path, model, kind=Type.F32, metadata=(), version=3):
             continue
         stem, _, suffix = key.rpartition(".")
         data = value.numpy().astype(np.float32)
-        if family == "gemma2" and "norm" in stem:
+        if "gemma" in family and "norm" in stem:
             data = data + np.float32(1)
         each = (kind(key) if callable(kind) else kind) if data.ndim == 2 else Type.F32
         raw = quantised(data, each)
-        stored[key] = package.dequantize(raw, each) - (1 if family == "gemma2" and "norm" in stem else 0)
+        stored[key] = package.dequantize(raw, each) - (1 if "gemma" in family and "norm" in stem else 0)
         if arch == "llama" and ("q_proj" in stem or "k_proj" in stem):
             raw = raw[interleave(len(raw), heads if "q_proj" in stem else kv)]
         writer.add_tensor(names.get_name(stem) + f".{suffix}", np.ascontiguousarray(raw), raw_dtype=each)
@@ -203,7 +215,7 @@ def test_logits_are_those_of_transformers(tmp_path, name):
     with torch.no_grad():
         theirs = model(ids, attention_mask=mask, position_ids=positions).logits
         ours = logits(program, ids, mask)
-    assert close(ours[mask.bool()], theirs[mask.bool()])
+    assert close(ours[mask.bool()], theirs[mask.bool()], model.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -218,7 +230,7 @@ def test_config_builds_the_same_model_in_transformers(tmp_path, name):
     again.tie_weights()
     ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        assert close(again(ids).logits, model(ids).logits)
+        assert close(again(ids).logits, model(ids).logits, model.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K])

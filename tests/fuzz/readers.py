@@ -16,7 +16,6 @@ from tpvc.compiler.cli import inspect, inspect_trained
 from tpvc.compiler.engines.genai_folder import virtual_ids
 from tpvc.compiler.engines.text import auto_tokenizer, has_template, transformers_text
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.evaluate import encode
 from tpvc.compiler.frontends import gguf, huggingface
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.frontends.weights import read_json, stored_in
@@ -24,6 +23,7 @@ from tpvc.compiler.program import read, sha256
 from tpvc.compiler.tuning import examples, importance_file, texts
 from tpvc.compiler.verification import files
 from tpvc.compiler.verify import verify
+from tpvc.compiler.windows import encode
 
 Call = Callable[[Path], object]
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.evaluate import encode
 from tpvc.compiler.tuning.examples import Encoded, Example, encode_examples, read_examples
+from tpvc.compiler.windows import encode
 
 TEMPLATE = "Review: {text}\nSentiment:"
 LABELS = {"0": "negative", "1": "positive"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from tpvc.compiler.backends.onnx.fusions import features, head_dim
 from tpvc.compiler.program import Program, folded_tokens
 
-OWN_TYPE = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+OWN_TYPE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Families whose name GenAI knows and treats as a plain decoder. All others go by its generic name: `phi3` would switch
 rotary tables at 4096 tokens and `gpt2` expects another cache."""
 

@@ -302,6 +302,7 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", {**WIDE, **ENDS, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     "phi3": ("Phi3Config", {**WIDE, **ENDS, "num_key_value_heads": 2}),
     "gemma2": ("Gemma2Config", {**WIDE, **ENDS, "num_key_value_heads": 2, "head_dim": 16}),
+    "gemma3": ("Gemma3TextConfig", {**WIDE, **ENDS, "num_key_value_heads": 1, "head_dim": 16}),
     "opt": ("OPTConfig", {**SIZES, **ENDS, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64}),
     "gpt_neox": ("GPTNeoXConfig", {**WIDE, **ENDS}),
     "gpt_neox, tied": ("GPTNeoXConfig", {**WIDE, **ENDS, "tie_word_embeddings": True}),

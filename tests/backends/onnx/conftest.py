@@ -50,6 +50,18 @@ CONFIGS = {
         "query_pre_attn_scalar": 24,
         "tie_word_embeddings": True,
     },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
     "opt": OPT,
     "opt-350m-shape": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 64},
     "gpt2": {"model_type": "gpt2", "n_positions": 64, "n_embd": 192, "n_layer": 2, "n_head": 4},
@@ -84,7 +96,7 @@ def build(family: str, grid: Grid | None = None, head: Grid | None = None, seed:
             table = any(part in name for part in ("embed", "wte", "wpe"))
             params[name] = values * (0.3 if table else shape[1] ** -0.5)
         else:
-            params[name] = values * 0.1 + (name.endswith("weight") and family != "gemma2")
+            params[name] = values * 0.1 + (name.endswith("weight") and "gemma" not in family)
     rounded = {}
     for node in linears(drawn.nodes):
         name, chosen = node.params["weight"], grid if node.block is not None else head

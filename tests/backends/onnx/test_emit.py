@@ -21,6 +21,7 @@ GRIDS = {
     "qwen3": (Grid(8, 0, True), None),
     "phi3": (Grid(4, -1, True), Grid(6, 0, True)),
     "gemma2": (Grid(3, 64, False), Grid(2, 64, False)),
+    "gemma3": (Grid(4, 32, True), Grid(8, -1, True)),
     "opt": (Grid(4, 12, False), Grid(8, -1, True)),
     "opt-350m-shape": (Grid(4, 32, True), Grid(5, 32, True)),
     "gpt2": (Grid(7, 96, False), None),

@@ -4,7 +4,7 @@ from tpvc.compiler.backends.onnx.fusions import plan
 from tpvc.compiler.program import Grid
 
 PACKED = {"llama", "llama3", "mistral", "qwen2", "phi3", "gemma2", "opt", "opt-350m-shape", "gpt2", "gpt_neox"}
-ROTATED = {"llama", "llama3", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt_neox"}
+ROTATED = {"llama", "llama3", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox"}
 
 
 def test_attention_takes_in_projection_and_rotation(family, tiny):

@@ -39,6 +39,13 @@ CONFIGS = {
     "qwen3": lambda: hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
     "phi3": lambda: hf.Phi3Config(**SIZES, num_key_value_heads=2),
     "gemma2": lambda: hf.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16, sliding_window=4),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **SIZES,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "opt": lambda: hf.OPTConfig(**OPT, max_position_embeddings=64, word_embed_proj_dim=20, do_layer_norm_before=False),
     "gpt2": lambda: hf.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**SIZES),
