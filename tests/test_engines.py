@@ -1,9 +1,11 @@
 """The two runtimes behind `Engine`: text in pieces, room in the context, sizes."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 
 import tpvc
 from tpvc.compiler.engines import open_engine, room
@@ -41,6 +43,30 @@ def test_both_encode_alike(engines):
     messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "x"}]
     assert a.encode(TEXT) == b.encode(TEXT)
     assert a.encode(messages) == b.encode(messages)
+
+
+def test_both_begin_a_text_as_the_tokenizer_does(tmp_path, tiny_llama):
+    """A raw prompt gets the beginning of text, a chat has it from its template, once."""
+    from tokenizers.processors import TemplateProcessing
+
+    from tpvc.compiler.export_pipeline import export
+
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
+    tokenizer.save_pretrained(source)
+    export(source, tmp_path / "onnx")
+    a, b = open_engine(str(source), 1), open_engine(str(tmp_path / "onnx"), 1)
+    messages = [{"role": "user", "content": TEXT}]
+    plain = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert a.encode(TEXT) == b.encode(TEXT) == [0, *plain]
+    assert a.encode(messages) == b.encode(messages)
+    assert a.encode(messages)[0] == 0 and a.encode(messages).count(0) == 1
+    assert b.encode(TEXT) == [0, *plain]
 
 
 def test_facts_agree(engines, tiny_llama):

@@ -107,7 +107,9 @@ def _text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]], Call
         return transformers_text(auto_tokenizer(folder), str(folder))
 
     def encode(prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
+        raw = isinstance(prompt, str)
+        tokenizer.update_options(add_special_tokens=str(raw).lower())  # a chat template writes them itself
+        if not raw:
             try:
                 prompt = tokenizer.apply_chat_template(json.dumps(prompt), add_generation_prompt=True)
             except RuntimeError as error:
