@@ -49,6 +49,16 @@ CONFIGS: dict[str, dict] = {
         "sliding_window": 8,
         "hidden_activation": "gelu_pytorch_tanh",
     },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
     "opt": {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "n_inner": None},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.25, "rotary_emb_base": 10000, "hidden_act": "gelu"},
@@ -242,7 +252,7 @@ def importances(work: Path) -> list[Tree]:
 
 
 def ggufs(work: Path) -> list[Tree]:
-    """llama with float and with integer blocks, gemma2 and qwen2, and a tokenizer's arrays."""
+    """llama with float and with integer blocks, gemma2, gemma3 and qwen2, and a tokenizer's arrays."""
     import gguf
     import numpy as np
 
@@ -255,12 +265,13 @@ def ggufs(work: Path) -> list[Tree]:
         ("llama", kinds.F32),
         ("llama", kinds.Q8_0),
         ("gemma2", kinds.F16),
+        ("gemma3_text", kinds.F16),
         ("qwen2", kinds.Q4_0),
         ("phi3", kinds.F32),
     ):
         drawn = architecture(config(family) | {"rope_scaling": None, "attention_bias": family == "qwen2" or None})
         path = work / f"{family}-{kind.name}.gguf"
-        writer = gguf.GGUFWriter(path, family)
+        writer = gguf.GGUFWriter(path, family.removesuffix("_text"))
         writer.add_context_length(64)
         writer.add_embedding_length(32)
         writer.add_block_count(1)
@@ -274,6 +285,7 @@ def ggufs(work: Path) -> list[Tree]:
         if family == "gemma2":
             writer.add_attn_logit_softcapping(20.0)
             writer.add_final_logit_softcapping(10.0)
+        if family.startswith("gemma"):
             writer.add_sliding_window(8)
         if family == "llama" and kind == kinds.F32:
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
