@@ -7,7 +7,7 @@ Before                                      After
 
 The function of the model in float stays what it is. A few features that are much larger than the others spoil a grid
 that all of them share, while a row of a weight in 8 bits has room for a larger column (SmoothQuant, Xiao et al., ICML
-2023, arXiv 2211.10438, Eq. 3). Values that something else reads too stay as they are, and so do norms that store w - 1.
+2023, arXiv 2211.10438, Eq. 3). Values that something else reads too stay as they are.
 
 The quotient of a norm's weight is rounded to the dtype it is stored in, and s is what that rounding made of it, so that
 nothing is lost in 16 bits either (but digits of a layer norm's bias). Matrices are float32 until they are rounded.
@@ -43,6 +43,11 @@ class Place:
     owner: Tensor
     rows: int
 
+    @property
+    def offset(self) -> int:
+        """What is missing in the source's weight as it is stored: Gemma's norms store w - 1."""
+        return int(bool(self.source.attrs.get("plus_one")))
+
     def factors(self, sizes: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
         """s [D] for a value with sizes max|x_j| [D] that these weights [out, D] read: max|x_j|^alpha over
         max|W_j|^(1 - alpha), the geometric mean 1. A feature that was hardly met counts as a tenth of the median: it
@@ -63,8 +68,8 @@ class Place:
         parameter = program.params[self.source.params["weight"]]
         if self.source.op not in NORMS:
             return s
-        weight = dense(parameter).to(s.device)
-        divided = (weight / s).to(parameter.dtype).float()
+        weight = dense(parameter).to(s.device) + self.offset
+        divided = (weight / s - self.offset).to(parameter.dtype).float() + self.offset
         return torch.where(divided == 0, torch.ones_like(s), weight / divided)
 
 
@@ -75,7 +80,8 @@ def moved(program: Program, place: Place, s: Tensor) -> Program:
     own = place.source.op in NORMS
     changed: dict[str, Parameter] = {}
     for name in place.source.params.values():
-        changed[name] = _scaled(program.params[name], 1 / rows, 0, program.params[name].dtype if own else torch.float32)
+        dtype = program.params[name].dtype if own else torch.float32
+        changed[name] = _scaled(program.params[name], 1 / rows, 0, dtype, place.offset)
     for name in place.readers:
         changed[name] = _scaled(program.params[name], s, 1, torch.float32)
     return program.with_params(changed)
@@ -99,7 +105,7 @@ def places_of(program: Program, index: int) -> dict[str, Place]:
 
 def _source(program: Program, nodes: Mapping[str, Node], value: Node, width: int) -> tuple[Node | None, Tensor | None]:
     """(the node whose parameters divide a value of so many features, the row that each of them comes from)."""
-    if value.op in NORMS and not value.attrs.get("plus_one"):
+    if value.op in NORMS:
         whole = program.params[value.params["weight"]].shape[0] == width
         return (value, torch.arange(width)) if whole else (None, None)
     if value.op == "mul":
@@ -126,11 +132,12 @@ def _unshared(program: Program, names: tuple[str, ...]) -> bool:
     return all(sum(name in n.params.values() for n in program.nodes) == 1 for name in names)
 
 
-def _scaled(parameter: Parameter, factors: Tensor, dimension: int, dtype: torch.dtype) -> Lazy:
-    """The float parameter times `factors` along a dimension, rounded to `dtype` when it is read."""
+def _scaled(parameter: Parameter, factors: Tensor, dimension: int, dtype: torch.dtype, offset: int = 0) -> Lazy:
+    """The float parameter, to which `offset` belongs, times `factors` along a dimension, rounded to `dtype` when it is
+    read."""
 
     def make() -> Tensor:
-        value = read(parameter).float()
-        return (value * factors.view([-1 if d == dimension else 1 for d in range(value.ndim)])).to(dtype)
+        value = read(parameter).float() + offset
+        return (value * factors.view([-1 if d == dimension else 1 for d in range(value.ndim)]) - offset).to(dtype)
 
     return Lazy(tuple(parameter.shape), dtype, make)

@@ -28,7 +28,7 @@ DIVIDED = {
     "llama": ["input_layernorm", "self_attn.attention", "post_attention_layernorm", "mlp.product"],
     "qwen2": ["input_layernorm", "self_attn.attention", "post_attention_layernorm", "mlp.product"],
     "qwen3": ["input_layernorm", "self_attn.attention", "post_attention_layernorm", "mlp.product"],
-    "gemma2": ["self_attn.attention", "mlp.product"],  # its norms store w - 1
+    "gemma2": ["input_layernorm", "self_attn.attention", "pre_feedforward_layernorm", "mlp.product"],
     "phi3": ["input_layernorm", "post_attention_layernorm"],  # q, k, v are one matrix, and so are gate and up
     "opt": ["self_attn_layer_norm", "self_attn.attention", "final_layer_norm"],
     "opt after": ["self_attn.attention"],  # what its norms yield is added, too
@@ -57,7 +57,7 @@ def drawn(place, draw: torch.Generator, powers: bool) -> torch.Tensor:
     return (exponents.round() if powers else exponents).exp2()[place.owner]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [f for f in CONFIGS if f != "gemma2"])  # its norms store w - 1, which is rounded
 def test_powers_of_two_leave_the_float_model_as_it_is_bit_for_bit(family):
     """Products with powers of two are exact, and so sums of them are the same sums."""
     given = changed = model(family)
@@ -78,11 +78,13 @@ def test_which_values_can_be_divided(family):
     assert len(found) == len(DIVIDED[family])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_any_factors_are_exact_to_float32_behind_a_norm_in_any_dtype(dtype):
-    """sum_j W_j s_j * (n_j w_j / s_j): the two quotients and products are rounded once each, beside the products and
-    sums of a linear of so many columns: columns + 6 roundings of 2^-24 against the sum of absolute values."""
-    given = model(dtype=dtype)
+def test_any_factors_are_exact_to_float32_behind_a_norm_in_any_dtype(family, dtype):
+    """sum_j W_j s_j * (n_j w_j / s_j): the two quotients and products are rounded once each, and sums with the 1 that a
+    norm lacks, beside the products and sums of a linear of so many columns: columns + 8 roundings of 2^-24 against the
+    sum of absolute values."""
+    given = model(family, dtype)
     place = places_of(given, 0)["model.layers.0.input_layernorm.int8"]
     s = place.storable(given, drawn(place, torch.Generator().manual_seed(0), powers=False))
     changed = moved(given, place, s)
@@ -92,9 +94,9 @@ def test_any_factors_are_exact_to_float32_behind_a_norm_in_any_dtype(dtype):
     outputs = []
     for program in (given, changed):
         weight = dense(program.params["model.layers.0.input_layernorm.weight"])
-        outputs.append(OPS["rms_norm"].compute(x, weight=weight, eps=1e-5) @ dense(program.params[name]).T)
-    normed = OPS["rms_norm"].compute(x, weight=dense(given.params["model.layers.0.input_layernorm.weight"]), eps=1e-5)
-    most = 2 * (32 + 6) * 2**-24 * (normed.abs() @ dense(given.params[name]).abs().T)
+        normed = OPS["rms_norm"].compute(x, weight=weight, eps=1e-5, plus_one=family == "gemma2")
+        outputs.append(normed @ dense(program.params[name]).T)
+    most = 2 * (32 + 8) * 2**-24 * (normed.abs() @ dense(changed.params[name]).abs().T)
     assert bool(((outputs[1] - outputs[0]).abs() <= most).all())
     assert not torch.equal(dense(changed.params[name]), dense(given.params[name]))
 
