@@ -51,7 +51,7 @@ def measure(
 ) -> dict[str, Any]:
     """Perplexity of `target` (a GenAI folder, a package, or what `tpvc.load` takes), and its distance from an original.
 
-    text     a UTF-8 file whose first windows * seqlen tokens are used; without one, a short built-in English text
+    text     a UTF-8 file whose first windows are used; without one, a short built-in English text
     against  the original: it is measured on the same tokens, and `target` is compared with it
     windows  by default 40, or as many as the built-in text holds
     seqlen   tokens a window; by default 512, or 128 for the built-in text, and never more than the model's context
