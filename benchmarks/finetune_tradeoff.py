@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from tpvc.compiler import evaluate, frontends, interpret
+from tpvc.compiler import frontends, interpret
 from tpvc.compiler.finetune_pipeline import finetune, importance
 from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import Program
@@ -33,6 +33,7 @@ from tpvc.compiler.tuning.examples import encode_examples, read_examples
 from tpvc.compiler.tuning.general_phase import DTYPES
 from tpvc.compiler.tuning.loss import score_answers
 from tpvc.compiler.tuning.texts import holds_examples, windows
+from tpvc.compiler.windows import encode
 
 METHODS = {
     "plain": {"method": "plain"},
@@ -60,7 +61,7 @@ def general_texts(args: argparse.Namespace, program: Program, tokenizer) -> tupl
             path.write_text("\n".join(part))
     else:
         text = Path(args.general).read_text()
-        ids = evaluate.encode(tokenizer, text[: 8 * count * args.length])
+        ids = encode(tokenizer, text[: 8 * count * args.length])
         cut = len(tokenizer.decode(ids[: (args.nsamples + 8) * args.length]))
         paths[0].write_text(text[:cut])
         paths[1].write_text(text[cut : 2 * cut])

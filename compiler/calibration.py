@@ -23,7 +23,7 @@ from tpvc.compiler.frontends.tokenizer_files import rendered
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress
 from tpvc.compiler.sample import sample
-from tpvc.compiler.windows import beginning, cut, encode, room
+from tpvc.compiler.windows import beginning, cut, encode, encode_behind, text_tokens, too_short
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def text_windows(
     if nsamples < 1 or seqlen < 2:
         raise TpvcError(f"{nsamples} windows of {seqlen} tokens were asked for; expected at least 1 window of 2 tokens")
     begin = beginning(tokenizer)
-    room(begin, seqlen)
+    text_tokens(begin, seqlen)
     if seqlen > program.facts.context_length:
         raise TpvcError(
             f"windows of {seqlen} tokens were asked for, the model's context is {program.facts.context_length}; "
@@ -103,7 +103,7 @@ def text_windows(
             found = _named(dataset, tokenizer)
         if found.columns:
             extra["columns"] = list(found.columns)
-        windows = _first_windows(found.texts, tokenizer, dataset, nsamples, seqlen)
+        windows = _first_windows(found.texts, tokenizer, begin, dataset, nsamples, seqlen)
     if len(windows) and int(windows.max()) >= program.facts.vocab_size:
         raise TpvcError(
             f"the text has token {int(windows.max())}, the model knows {program.facts.vocab_size}; the tokenizer "
@@ -129,9 +129,9 @@ def interleaved(domains: list[list[int]], begin: list[int], seqlen: int) -> Tens
     for index, ids in enumerate(domains):
         own = cut(ids, begin, seqlen)
         placed += [((i + 0.5) / len(own), index, window) for i, window in enumerate(own)]
-        rest += ids[len(own) * room(begin, seqlen) :]
-    windows = [window for _, _, window in sorted(placed, key=lambda p: p[:2])]
-    return torch.stack([*windows, *cut(rest, begin, seqlen)]) if windows else cut(rest, begin, seqlen)
+        rest += ids[len(own) * text_tokens(begin, seqlen) :]
+    windows = [window[None] for _, _, window in sorted(placed, key=lambda p: p[:2])]
+    return torch.cat([*windows, cut(rest, begin, seqlen)])
 
 
 def chat_text(tokenizer: Any, messages: Any) -> str:
@@ -141,18 +141,16 @@ def chat_text(tokenizer: Any, messages: Any) -> str:
     return rendered(tokenizer, messages, tokenize=False)
 
 
-def _first_windows(texts: Iterable[str], tokenizer: Any, dataset: str, nsamples: int, seqlen: int) -> Tensor:
+def _first_windows(
+    texts: Iterable[str], tokenizer: Any, begin: list[int], dataset: str, nsamples: int, seqlen: int
+) -> Tensor:
     ids: list[int] = []
-    begin = beginning(tokenizer)
-    step = room(begin, seqlen)
+    needed = nsamples * text_tokens(begin, seqlen)
     for text in texts:
-        ids += encode(tokenizer, text)
-        if len(ids) >= nsamples * step:
-            return cut(ids[: nsamples * step], begin, seqlen)
-    raise TpvcError(
-        f"{dataset} holds {len(ids)} tokens, {nsamples} windows of {seqlen} need {nsamples * step}; use a longer "
-        f"text or ask for fewer or shorter windows (at most {len(ids) // step} of {seqlen})"
-    )
+        ids += encode_behind(tokenizer, text, begin)
+        if len(ids) >= needed:
+            return cut(ids[:needed], begin, seqlen)
+    raise too_short(dataset, ids, begin, nsamples, seqlen)
 
 
 def _named(dataset: str, tokenizer: Any) -> Documents:

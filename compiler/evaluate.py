@@ -1,8 +1,8 @@
 """How good a model is: perplexity of a text, and its distance from another model.
 
 Protocol: the text is tokenised and cut into n windows of L tokens (`windows.py`), and every window predicts its own
-tokens 1 .. L-1 from what comes before them in the window. Memory is bounded by a batch of
-windows and a chunk of logits, whatever the length of the text.
+tokens 1 .. L-1 from what comes before them in the window. Memory is bounded by a batch of windows and a chunk of
+logits, whatever the length of the text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.interpret import Weight, from_files, positions_of, run
 from tpvc.compiler.program import Program, adapter_id, prompt_ids
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.windows import beginning, cut, encode, room
+from tpvc.compiler.windows import beginning, cut, encode, text_tokens, too_short
 
 BATCH = 4
 """Windows at a time."""
@@ -87,12 +87,9 @@ def text_windows(path: str | Path, tokenizer: Any, windows: int, seqlen: int) ->
     if windows < 1 or seqlen < 2:
         raise TpvcError(f"{windows} windows of {seqlen} tokens were asked for; expected at least 1 window of 2 tokens")
     ids, begin = encode(tokenizer, read_text(path)), beginning(tokenizer)
-    needed = windows * room(begin, seqlen)
+    needed = windows * text_tokens(begin, seqlen)
     if len(ids) < needed:
-        raise TpvcError(
-            f"{path} holds {len(ids)} tokens, {windows} windows of {seqlen} need {needed}; use a longer text "
-            f"or at most {len(ids) // room(begin, seqlen)} windows"
-        )
+        raise too_short(str(path), ids, begin, windows, seqlen)
     return cut(ids[:needed], begin, seqlen)
 
 

@@ -22,7 +22,7 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import Perplexity, Predictor, pieces, predictor, read_text, score, text_windows
 from tpvc.compiler.program import Program, adapter_id, prompt_ids
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.windows import beginning, encode, room
+from tpvc.compiler.windows import beginning, encode, text_tokens
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 """An original English text of about 1,600 tokens that no calibration set of ours holds."""
@@ -118,7 +118,7 @@ def windows_of(
         raise TpvcError(f"windows of {seqlen} tokens do not fit the model's context of {context}; lower --seqlen")
     if windows is None and text is None:
         held = len(encode(subject.tokenizer, read_text(HELD_OUT)))
-        windows = max(1, held // room(beginning(subject.tokenizer), seqlen))
+        windows = max(1, held // text_tokens(beginning(subject.tokenizer), seqlen))
     elif windows is None:
         windows = 40
     return text_windows(text or HELD_OUT, subject.tokenizer, windows, seqlen)

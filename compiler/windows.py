@@ -7,6 +7,7 @@ above all, and know no text without it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,22 +23,42 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def beginning(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before plain text of its own accord: its beginning of text, or none."""
-    plain, full = encode(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
-    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
+    return before(encode(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"])
 
 
-def room(begin: list[int], seqlen: int) -> int:
-    """How many tokens of the text a window of `seqlen` has. TpvcError where there is not one to predict."""
-    if seqlen < max(2, len(begin) + 1):
-        raise TpvcError(
-            f"windows of {seqlen} tokens were asked for; expected at least {max(2, len(begin) + 1)}, of which the"
-            f" tokenizer begins a text with {len(begin)}"
-        )
+def before(plain: Sequence[int], whole: Sequence[int]) -> list[int]:
+    """What stands before the tokens `plain` of a text in `whole`, which has special tokens too."""
+    starts = range(len(whole) - len(plain) + 1)
+    return next((list(whole[:i]) for i in starts if list(whole[i : i + len(plain)]) == list(plain)), [])
+
+
+def encode_behind(tokenizer: Any, text: str, begin: list[int]) -> list[int]:
+    """Token ids of a text that is to stand behind `begin`, which it may spell itself, as chat templates do."""
+    ids = encode(tokenizer, text)
+    return ids[len(begin) :] if ids[: len(begin)] == begin else ids
+
+
+def text_tokens(begin: list[int], seqlen: int) -> int:
+    """How many tokens of the text a window of `seqlen` has. TpvcError where none could be predicted."""
+    least = max(2, len(begin) + 1)
+    if seqlen < least:
+        own = f", and the tokenizer begins a text with {len(begin)} of its own" if begin else ""
+        raise TpvcError(f"windows of {seqlen} tokens were asked for{own}; ask for at least {least}")
     return seqlen - len(begin)
 
 
 def cut(ids: list[int], begin: list[int], seqlen: int) -> Tensor:
     """All whole windows that the tokens of a text fill, int64 [n, seqlen]."""
-    step = room(begin, seqlen)
+    step = text_tokens(begin, seqlen)
     windows = [begin + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
     return torch.tensor(windows, dtype=torch.int64).view(-1, seqlen)
+
+
+def too_short(name: str, ids: list[int], begin: list[int], count: int, seqlen: int) -> TpvcError:
+    """What is wrong with a text of these tokens, of which `count` windows were asked for."""
+    step = text_tokens(begin, seqlen)
+    behind = f" behind the {len(begin)} that begin each" if begin else ""
+    return TpvcError(
+        f"{name} holds {len(ids)} tokens, {count} windows of {seqlen} need {count * step}{behind}; use a longer text or"
+        f" ask for fewer or shorter windows (at most {len(ids) // step} of {seqlen})"
+    )

@@ -79,9 +79,9 @@ def moved(program: Program, place: Place, s: Tensor) -> Program:
     rows = torch.ones(place.rows).scatter(0, place.owner, s)
     own = place.source.op in NORMS
     changed: dict[str, Parameter] = {}
-    for name in place.source.params.values():
+    for role, name in place.source.params.items():
         dtype = program.params[name].dtype if own else torch.float32
-        changed[name] = _scaled(program.params[name], 1 / rows, 0, dtype, place.offset)
+        changed[name] = _scaled(program.params[name], 1 / rows, 0, dtype, place.offset if role == "weight" else 0)
     for name in place.readers:
         changed[name] = _scaled(program.params[name], s, 1, torch.float32)
     return program.with_params(changed)

@@ -45,8 +45,9 @@ def test_both_encode_alike(engines):
     assert a.encode(messages) == b.encode(messages)
 
 
-def test_both_begin_a_text_as_the_tokenizer_does(tmp_path, tiny_llama):
-    """A raw prompt gets the beginning of text, a chat has it from its template, once."""
+@pytest.mark.parametrize("pair", ["$A $B", "$A <|im_end|> $B"])
+def test_both_begin_a_text_as_the_tokenizer_does(tmp_path, tiny_llama, pair):
+    """A raw prompt gets the beginning of text and nothing else that the file names; a chat has it from its template."""
     from tokenizers.processors import TemplateProcessing
 
     from tpvc.compiler.export_pipeline import export
@@ -55,7 +56,7 @@ def test_both_begin_a_text_as_the_tokenizer_does(tmp_path, tiny_llama):
     shutil.copytree(tiny_llama, source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        single="<|endoftext|> $A", pair=pair, special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 1)]
     )
     tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
     tokenizer.save_pretrained(source)
@@ -66,7 +67,7 @@ def test_both_begin_a_text_as_the_tokenizer_does(tmp_path, tiny_llama):
     assert a.encode(TEXT) == b.encode(TEXT) == [0, *plain]
     assert a.encode(messages) == b.encode(messages)
     assert a.encode(messages)[0] == 0 and a.encode(messages).count(0) == 1
-    assert b.encode(TEXT) == [0, *plain]
+    assert a.encode("<|endoftext|>" + TEXT) == b.encode("<|endoftext|>" + TEXT) == [0, *plain]
 
 
 def test_facts_agree(engines, tiny_llama):

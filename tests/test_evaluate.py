@@ -153,7 +153,7 @@ def test_text_windows_are_the_first_tokens_without_special_ones(tmp_path):
 def test_bad_texts_are_one_clear_error(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("short")
-    with pytest.raises(TpvcError, match=r"holds 5 tokens, 2 windows of 4 need 8; .*at most 1 windows"):
+    with pytest.raises(TpvcError, match=r"holds 5 tokens, 2 windows of 4 need 8; .*at most 1 of 4"):
         evaluate.text_windows(path, Letters(), 2, 4)
     with pytest.raises(TpvcError, match="expected at least 1 window of 2"):
         evaluate.text_windows(path, Letters(), 0, 4)

@@ -6,6 +6,7 @@ import torch
 import tpvc
 from tpvc.compiler import evaluate, frontends, measure
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.windows import encode
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_last_tokens_are_found_out_once(folder, tiny_llama, monkeypatch):
 
 def test_defaults_fit_the_text_and_the_context(tiny_llama, tmp_path):
     subject = measure.open_subject(str(tiny_llama), 1)
-    held = len(evaluate.encode(subject.tokenizer, evaluate.read_text(measure.HELD_OUT)))
+    held = len(encode(subject.tokenizer, evaluate.read_text(measure.HELD_OUT)))
     assert measure.windows_of(subject).shape == (held // 128, 128)
     path = tmp_path / "long.txt"
     path.write_text("Rivers run to the sea. " * 2000)

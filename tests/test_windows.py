@@ -9,8 +9,8 @@ from tpvc.compiler import frontends
 from tpvc.compiler.calibration import calibrate, interleaved
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.evaluate import text_windows
-from tpvc.compiler.tuning.texts import windows
-from tpvc.compiler.windows import beginning, cut, encode, room
+from tpvc.compiler.tuning.texts import read_held_out, windows
+from tpvc.compiler.windows import beginning, cut, encode, encode_behind, text_tokens
 
 TEXT = "The dog sleeps on, and the fox jumps. " * 60
 
@@ -41,10 +41,10 @@ def test_every_window_begins_with_it_and_goes_on_where_the_last_one_ended():
 
 
 def test_windows_have_a_token_to_predict():
-    assert room([0], 2) == 1
+    assert text_tokens([0], 2) == 1
     for begin, seqlen in (([], 1), ([0, 5], 2)):
-        with pytest.raises(TpvcError, match=f"of {seqlen} tokens"):
-            room(begin, seqlen)
+        with pytest.raises(TpvcError, match=f"ask for at least {seqlen + 1}"):
+            text_tokens(begin, seqlen)
 
 
 def test_text_for_measuring_calibration_and_tuning(loaded, tmp_path):
@@ -58,8 +58,26 @@ def test_text_for_measuring_calibration_and_tuning(loaded, tmp_path):
     learned = windows(program, begins, path, 8)
     assert [e.ids for e in learned[:6]] == [tuple(w) for w in expected.tolist()]
     assert {e.answer for e in learned} == {1} and len(learned) == len(ids) // 7
-    with pytest.raises(TpvcError, match=f"at most {len(ids) // 7} windows"):
+    with pytest.raises(TpvcError, match=f"at most {len(ids) // 7} of 8"):
         text_windows(path, begins, 10_000, 8)
+
+
+def test_documents_that_spell_their_beginning(loaded, tmp_path):
+    program, plain, begins = loaded
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join('{"text": "<|endoftext|>' + TEXT + '"}\n' for _ in range(2)))
+    ids = encode(plain, TEXT)
+    found = calibrate(program, begins, str(path), 4, 8, 0).tokens
+    assert found.tolist() == [[0, *ids[7 * i : 7 * i + 7]] for i in range(4)]
+    assert [list(e.ids) for e in windows(program, begins, path, 8)[:4]] == found.tolist()
+    assert encode_behind(begins, "<|endoftext|>fox", []) == [0, *encode(begins, "fox")]
+
+
+def test_text_that_comes_with_tpvc_for_measuring(loaded):
+    program, plain, begins = loaded
+    with_it, without = (read_held_out(program, t, n) for t, n in ((begins, 17), (plain, 16)))
+    assert [e.ids[1:] for e in with_it] == [e.ids for e in without]
+    assert {(e.ids[0], e.answer) for e in with_it} == {(0, 1)}
 
 
 def test_built_in_and_sampled_text(loaded):

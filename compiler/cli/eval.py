@@ -24,7 +24,7 @@ Examples:
   tpvc eval smollm2-w4 --tasks arc_easy,piqa --task-data LLM-Adapters/dataset --limit 200
 
 \b
-The first WINDOWS * SEQLEN tokens of FILE are cut into windows; every window predicts its own
+FILE is cut into windows, which begin as the tokenizer begins a text; every window predicts its own
 tokens but the first. The standard error is over windows. KL is mean KL(original || target) in
 nats a token; top-1 is how often both think the same token likeliest. Without --text a short
 English text that is in no calibration set is used: enough to see that nothing broke, no more.

@@ -106,20 +106,39 @@ def _text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]], Call
     except RuntimeError:
         return transformers_text(auto_tokenizer(folder), str(folder))
 
+    begin = _beginning(file) if file.is_file() else []
+
     def encode(prompt: Prompt) -> list[int]:
         raw = isinstance(prompt, str)
-        tokenizer.update_options(add_special_tokens=str(raw).lower())  # a chat template writes them itself
         if not raw:
             try:
                 prompt = tokenizer.apply_chat_template(json.dumps(prompt), add_generation_prompt=True)
             except RuntimeError as error:
                 raise no_template(str(folder)) from error
-        return [int(token) for token in tokenizer.encode(prompt)]
+        ids = [int(token) for token in tokenizer.encode(prompt)]
+        return begin + ids if raw and ids[: len(begin)] != begin else ids
 
     def decoder() -> Callable[[int], str]:
         return tokenizer.create_stream().decode
 
     return encode, decoder
+
+
+def _beginning(file: Path) -> list[int]:
+    """What the tokenizer in tokenizer.json begins a text with. GenAI's reader adds no special tokens, or, when told to,
+    all that the file names, whatever its template says."""
+    from tokenizers import Tokenizer
+
+    from tpvc.compiler.frontends.tokenizer_files import is_damage
+    from tpvc.compiler.windows import before
+
+    try:
+        made = Tokenizer.from_file(str(file))
+    except BaseException as error:  # what the package has no words for is GenAI's to read or to refuse
+        if not is_damage(error):
+            raise
+        return []
+    return before(*(made.encode("a", add_special_tokens=special).ids for special in (False, True)))
 
 
 def _first_line(error: Exception) -> str:

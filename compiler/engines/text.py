@@ -29,9 +29,12 @@ def auto_tokenizer(folder: Path) -> Any:
 
 
 def transformers_text(tokenizer: Any, name: str) -> tuple[Any, Any]:
+    from tpvc.compiler.windows import beginning, encode_behind
+
     def encode(prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return tokenizer(prompt)["input_ids"]
+            begin = beginning(tokenizer)
+            return begin + encode_behind(tokenizer, prompt, begin)
         if not getattr(tokenizer, "chat_template", None):
             raise no_template(name)
         from tpvc.compiler.frontends.tokenizer_files import rendered

@@ -78,7 +78,7 @@ def size(config: Config, name: str, otherwise: int | None = None) -> int | None:
     return otherwise if config.get(name) is None else need(config, name)
 
 
-def cap(config: Config, name: str, default: float) -> float | None:
+def cap(config: Config, name: str, default: float | None) -> float | None:
     """A positive soft cap, or None where it is null."""
     value = optional(config, name, default)
     if value is not None and (

@@ -42,14 +42,14 @@ def gemma2(config: Config) -> Architecture:
 
 def gemma3(config: Config) -> Architecture:
     """All layers but every sixth slide unless `layer_types` says otherwise. `rope_scaling` is of those that do not."""
+    refuse(config, attn_logit_softcapping=None)
     sizes = _sizes(config)
     period = size(config, "sliding_window_pattern", 6)
     kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(sizes.layers)]
     windows = layer_windows(config, sizes.layers, window(config, default=4096), kinds)
     turn = {kind: rope.attributes(_rope_config(config, kind), sizes.head_dim) for kind in THETA}
     turns = [turn["full_attention" if reach is None else "sliding_attention"] for reach in windows]
-    caps = cap(config, "attn_logit_softcapping", None), cap(config, "final_logit_softcapping", None)
-    return _gemma(config, sizes, windows, turns, *caps, head_norm=True)
+    return _gemma(config, sizes, windows, turns, None, cap(config, "final_logit_softcapping", None), head_norm=True)
 
 
 def _sizes(config: Config) -> Facts:
@@ -63,11 +63,11 @@ def _rope_config(config: Config, kind: str) -> dict[str, Any]:
     given = config.get("rope_parameters") or {}
     if not isinstance(given, Mapping) or not all(k in THETA and isinstance(v, Mapping) for k, v in given.items()):
         raise TpvcError(
-            f"the config of this 'gemma3_text' model has rope_parameters = {short(given)}; expected one dict for each"
+            f"the config of this 'gemma3_text' model has rope_parameters = {short(given)}; expected a dict for either"
             f" of {', '.join(THETA)}"
         )
     older = config.get("rope_scaling") if kind == "full_attention" else None
-    stated = theta if config.get(field) is None else config[field]
+    stated = need(config, field, (int, float)) if config.get(field) is not None else theta
     return {**config, "rope_theta": stated, "rope_parameters": given.get(kind), "rope_scaling": older}
 
 

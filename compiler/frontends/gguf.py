@@ -270,6 +270,8 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 KNOWN_SPLITS = {"gpt-2", "llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken", "smaug-bpe", "dbrx"}
 KNOWN_SPLITS |= {"qwen2", "deepseek-r1-qwen", "megrez", "gpt-4o"} | DIGITS_APART
+BEGINNING = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
+"""Splits whose files need not say that a text begins with a token of its own: llama.cpp adds it for them."""
 
 
 def tokenizer(path: Path):
@@ -279,7 +281,7 @@ def tokenizer(path: Path):
     """
     path = Path(path)
     try:
-        metadata = {key: f.contents() for key, f in _open(path).fields.items() if key in (MODEL, SPLIT)}
+        metadata = {key: f.contents() for key, f in _open(path).fields.items() if key in (MODEL, SPLIT, BEGIN)}
     except DAMAGE as error:
         raise TpvcError(f"{path.name}: its metadata is damaged ({error}); download it again") from error
     if MODEL not in metadata:
@@ -300,6 +302,8 @@ def tokenizer(path: Path):
         if not is_damage(error):
             raise
         raise TpvcError(f"transformers cannot build the tokenizer of {path.name}: {error}") from error
+    if metadata[MODEL] == "gpt2" and split in BEGINNING and BEGIN not in metadata and made.bos_token is not None:
+        made.add_bos_token = True
     if metadata[MODEL] == "gpt2" and split in DIGITS_APART:
         splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in (r"\p{N}", GPT2_SPLIT)]
         made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -308,4 +312,4 @@ def tokenizer(path: Path):
     return made
 
 
-MODEL, SPLIT = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+MODEL, SPLIT, BEGIN = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token"

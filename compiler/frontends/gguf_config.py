@@ -53,7 +53,7 @@ OF_FAMILY = {
     "llama": {"attention.sliding_window"},
     "phi3": {"attention.sliding_window"},
     "gemma2": {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"},
-    "gemma3": {"attention.sliding_window", "rope.freq_base_swa"},
+    "gemma3": {"attention.sliding_window", "rope.freq_base_swa", "final_logit_softcapping"},
 }
 IGNORED = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 """Say nothing about the computation: the vocabulary's size is the number of rows of the embedding."""
@@ -147,10 +147,13 @@ def _of_family(
         "query_pre_attn_scalar": values["hidden_size"] // values["num_attention_heads"] if wide else head_dim,
     }
     if kind == "gemma3_text":
+        final = given.get("final_logit_softcapping")
         return {
             **gemma,
-            "sliding_window": _need("gemma3", given, "attention.sliding_window"),
+            "sliding_window": window or 4096,
+            **({} if window else {"layer_types": ["full_attention"] * values["num_hidden_layers"]}),
             "rope_local_base_freq": decimal(given.get("rope.freq_base_swa", 10000.0)),
+            "final_logit_softcapping": decimal(final) if final else None,
         }
     return {
         **gemma,

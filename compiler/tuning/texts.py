@@ -2,7 +2,7 @@
 
 A .jsonl, .csv or .tsv file whose first record has a `completion` or a `label` holds examples, and only the completion
 has loss (see tuning.examples). Everything else is text, as `tpvc quantize --dataset` reads it: it is cut into windows,
-every token of which has loss but the first.
+every token of which has loss but what the tokenizer begins a text with, or the first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from tpvc.compiler.calibration import calibrate, chat_text
 from tpvc.compiler.documents import documents
@@ -22,7 +22,7 @@ from tpvc.compiler.program import Program, sha256
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.tuning.data import HELD_OUT, Data, held_out, read_data
 from tpvc.compiler.tuning.examples import SUFFIXES, Encoded
-from tpvc.compiler.windows import beginning, cut, encode, room
+from tpvc.compiler.windows import beginning, cut, encode, encode_behind, text_tokens
 
 WINDOWS = 64
 """Of text, at most as many windows are kept to choose by: all their tokens have loss."""
@@ -74,6 +74,7 @@ def windows(program: Program, tokenizer: Any, path: Path, length: int) -> list[E
     TpvcError for a table that does not say which of its columns is the text.
     """
     ids: list[int] = []
+    begin = beginning(tokenizer)
     found = documents(path, lambda messages: chat_text(tokenizer, messages))
     if found.columns and not {"text", "prompt", "messages"} & set(found.columns):
         raise TpvcError(
@@ -81,16 +82,19 @@ def windows(program: Program, tokenizer: Any, path: Path, length: int) -> list[E
             " alone; name the columns that are to be learned so"
         )
     for text in found.texts:
-        ids += encode(tokenizer, text)
-    begin = beginning(tokenizer)
-    if len(ids) < (least := room(begin, length)):
+        ids += encode_behind(tokenizer, text, begin)
+    if len(ids) < (least := text_tokens(begin, length)):
         raise TpvcError(f"{path} holds {len(ids)} tokens; expected at least {least}, a window, use a longer text")
-    if max(ids) >= program.facts.vocab_size:
+    if (most := max(*begin, *ids)) >= program.facts.vocab_size:
         raise TpvcError(
-            f"{path} has token {max(ids)}, the model knows {program.facts.vocab_size}; the tokenizer is not this"
-            " model's"
+            f"{path} has token {most}, the model knows {program.facts.vocab_size}; the tokenizer is not this model's"
         )
-    return [Encoded(tuple(window), max(1, len(begin))) for window in cut(ids, begin, length).tolist()]
+    return learned_whole(cut(ids, begin, length), begin)
+
+
+def learned_whole(windows: Tensor, begin: list[int]) -> list[Encoded]:
+    """Windows int64 [n, L], all tokens of which have loss but those that begin them."""
+    return [Encoded(tuple(window), max(1, len(begin))) for window in windows.tolist()]
 
 
 def read_general(
@@ -109,7 +113,7 @@ def read_general(
     if count < HELD_OUT:
         raise TpvcError(f"{count} windows of general text were asked for; expected at least {HELD_OUT}")
     found = calibrate(program, tokenizer, dataset, count, length, seed, progress)
-    every = [Encoded(tuple(ids), 1) for ids in found.tokens.tolist()]
+    every = learned_whole(found.tokens, beginning(tokenizer))
     kept = [e for i, e in enumerate(every) if i % HELD_OUT == HELD_OUT - 1]
     learned = [e for i, e in enumerate(every) if i % HELD_OUT != HELD_OUT - 1]
     return Data(learned, kept, found.origin)
@@ -119,6 +123,5 @@ def read_held_out(program: Program, tokenizer: Any, length: int) -> list[Encoded
     """Windows of the text that comes with tpvc for measuring, where no general text was named."""
     from tpvc.compiler.measure import HELD_OUT as TEXT
 
-    ids = encode(tokenizer, TEXT.read_text(encoding="utf-8"))
-    length = min(length, len(ids))
-    return [Encoded(tuple(w), 1) for w in torch.tensor(ids[: len(ids) // length * length]).view(-1, length).tolist()]
+    ids, begin = encode(tokenizer, TEXT.read_text(encoding="utf-8")), beginning(tokenizer)
+    return learned_whole(cut(ids, begin, min(length, len(begin) + len(ids))), begin)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import gguf
@@ -17,6 +17,7 @@ from tpvc.compiler.frontends.gguf_config import decimal
 from tpvc.compiler.interpret import logits
 from tpvc.compiler.program import Grid, read
 from tpvc.compiler.verify import verify
+from tpvc.compiler.windows import beginning
 
 Type = package.GGMLQuantizationType
 
@@ -75,6 +76,26 @@ FAMILIES = {
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "tie_word_embeddings": True,
+    },
+    "gemma3-full": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 3,
+        "layer_types": ["full_attention"] * 2,
+        "final_logit_softcapping": 10.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3-local-theta": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
         },
         "tie_word_embeddings": True,
     },
@@ -137,11 +158,14 @@ def write(path, model, kind=Type.F32, metadata=(), version=3):
     if head_dim != c.hidden_size // heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if getattr(c, "sliding_window", None):
+    if getattr(c, "sliding_window", None) and set(getattr(c, "layer_types", None) or ()) != {"full_attention"}:
         writer.add_sliding_window(c.sliding_window)
     if family == "gemma2":
         writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
+    if getattr(c, "final_logit_softcapping", None):
         writer.add_final_logit_softcapping(c.final_logit_softcapping)
+    if family == "gemma3_text" and (local := c.rope_parameters["sliding_attention"]["rope_theta"]) != 10000:
+        writer.add_float32("gemma3.rope.freq_base_swa", local)
     writer.add_bos_token_id(c.bos_token_id)
     writer.add_eos_token_id(c.eos_token_id)
     writer.add_pad_token_id(c.pad_token_id)
@@ -403,6 +427,19 @@ def tokenizer_metadata(split, merges=("Ċ Ċ", "h i", "Ġ hi", "Ġ Ġ")):
         ("add_string", "tokenizer.chat_template", "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"),
     ]
     return given + ([("add_string", "tokenizer.ggml.pre", split)] if split else [])
+
+
+@pytest.mark.parametrize(
+    ("split", "told", "begins"),
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("qwen2", None, False), ("qwen2", True, True)],
+)
+def test_texts_begin_as_in_llama_cpp(tmp_path, split, told, begins):
+    given = tokenizer_metadata(split) + ([] if told is None else [("add_bool", "tokenizer.ggml.add_bos_token", told)])
+    write(tmp_path / "m.gguf", oracle("llama"), metadata=given)
+    tokenizer = gguf.tokenizer(tmp_path / "m.gguf")
+    assert beginning(tokenizer) == ([1] if begins else [])
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert beginning(AutoTokenizer.from_pretrained(tmp_path / "saved")) == beginning(tokenizer)
 
 
 def test_tokenizer_round_trips_and_sets_digits_apart(tmp_path):

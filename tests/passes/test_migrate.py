@@ -70,6 +70,31 @@ def test_powers_of_two_leave_the_float_model_as_it_is_bit_for_bit(family):
     assert sum(changed.params[n] is not p for n, p in given.params.items()) >= 2 * 2 * len(DIVIDED[family])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_any_factors_leave_the_float_model_as_it_is(family, dtype):
+    """Two evaluations of one formula: each of the 4 products on the way through a layer, and the head's, sums at most
+    64 terms of 8 roundings more than a product's own, which may move it by 72 * 2^-24 of its size."""
+    given = changed = model(family, dtype)
+    draw, tokens = torch.Generator().manual_seed(0), torch.arange(3, 35).view(2, 16)
+    for index in range(2):
+        for place in places_of(given, index).values():
+            changed = moved(changed, place, place.storable(changed, drawn(place, draw, powers=False)))
+    before, after = unrounded(given, tokens), unrounded(changed, tokens)
+    assert (after - before).abs().max() <= (4 * 2 + 1) * 72 * 2**-24 * before.abs().max()
+    assert not torch.equal(after, before)
+
+
+def test_a_norm_that_stores_minus_one_is_not_divided():
+    given = model("gemma2")
+    name = "model.layers.0.input_layernorm.weight"
+    given = given.with_params({name: torch.where(torch.arange(32) == 3, -1.0, dense(given.params[name]))})
+    place = places_of(given, 0)["model.layers.0.input_layernorm.int8"]
+    s = place.storable(given, torch.full((32,), 3.0))
+    assert s[3] == 1 and s[4] != 1
+    assert dense(moved(given, place, s).params[name])[3] == -1
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_which_values_can_be_divided(family):
     places = places_of(model(family), 1)
