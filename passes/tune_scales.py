@@ -203,14 +203,22 @@ class Tunable:
 
             with torch.no_grad():
                 wanted = logits(exact, self.original)
-            found = logits(rounded, self.weight)
-            return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+            moving = [rounded, *(self.factors[n] for n in self._behind)]
+            leaves = [rounded.detach().requires_grad_(rounded.requires_grad), *moving[1:]]
+            found = logits(leaves[0], self.weight)
+            loss = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+            return _differentiated(loss, leaves, moving) if loss.requires_grad else loss
 
         x, exact = first.to(self.device), exact.to(self.device)
         for index in range(program.blocks):
             x = checkpoint(block, x, index, use_reentrant=False)
         windows = zip(exact.split(1), x.split(1), ids.split(1), strict=True)  # logits of one window at a time
-        return sum(checkpoint(apart, *one, use_reentrant=False) for one in windows) / x[..., 0].numel()
+        return sum(apart(*one) for one in windows) / x[..., 0].numel()
+
+    @property
+    def _behind(self) -> list[str]:
+        """The parameters behind the last block that have a factor."""
+        return [name for n in self.program.epilogue for name in n.params.values() if name in self.factors]
 
     @property
     def device(self) -> torch.device:
@@ -249,6 +257,14 @@ class Tunable:
 def _values(x: Tensor, ids: Tensor) -> dict[str, Tensor]:
     """The graph's inputs for a stream [b, L, D] of full windows; ids int64 [b]: their adapters."""
     return full_windows(torch.empty(x.shape[:2], device=x.device, dtype=torch.long), ids)
+
+
+def _differentiated(loss: Tensor, leaves: list[Tensor], moving: list[Tensor]) -> Tensor:
+    """The loss as a function of `moving` that has the gradients which it has in `leaves`, equal in value, and keeps
+    nothing else: where logits are large, they are neither kept for the backward pass nor computed again in it."""
+    gradients = torch.autograd.grad(loss, leaves)
+    parts = (((m - m.detach()) * g).sum() for m, g in zip(moving, gradients, strict=True))
+    return sum(parts, start=loss.detach())
 
 
 def _through(exact: Tensor, stored: Tensor) -> Tensor:
