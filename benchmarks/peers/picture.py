@@ -2,8 +2,8 @@
 
     python benchmarks/peers/picture.py OUT/results.json -o picture.svg
 
-A panel for every grid. Recipes of one tool are joined in the order of their minutes; the dashed line is the float
-model. Means over the seeds that there are. Needs matplotlib.
+A panel for every grid on which methods can be compared. Recipes of one tool are joined in the order of their minutes;
+the dashed line is the float model. Means over the seeds that there are. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Point = tuple[float, float]
 
 
 def points(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Point]]:
-    """{grid: {method: (CPU minutes, perplexity)}} of the finished rows, means over their seeds."""
+    """{grid: {method: (CPU minutes, perplexity)}} of the finished rows, means over their seeds; where one method stands
+    alone, nothing."""
     seeds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows():
         if "perplexity" in found.get(row.name, {}):
@@ -34,7 +35,7 @@ def points(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Point]
     for (grid, method), those in seeds.items():
         point = mean(s["cpu_minutes"] for s in those), mean(s["perplexity"] for s in those)
         made.setdefault(grid, {})[method] = point
-    return made
+    return {grid: methods for grid, methods in made.items() if len(methods) > 1}
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
