@@ -58,7 +58,8 @@ def too_short(name: str, ids: list[int], begin: list[int], count: int, seqlen: i
     """What is wrong with a text of these tokens, of which `count` windows were asked for."""
     step = text_tokens(begin, seqlen)
     behind = f" behind the {len(begin)} that begin each" if begin else ""
+    fewer = f" or ask for fewer or shorter windows (at most {len(ids) // step} of {seqlen})" if len(ids) >= step else ""
     return TpvcError(
-        f"{name} holds {len(ids)} tokens, {count} windows of {seqlen} need {count * step}{behind}; use a longer text or"
-        f" ask for fewer or shorter windows (at most {len(ids) // step} of {seqlen})"
+        f"{name} holds {len(ids)} tokens, {count} windows of {seqlen} need {count * step}{behind}; use a longer"
+        f" text{fewer}"
     )

@@ -109,14 +109,14 @@ def _text(folder: Path, model: Any) -> tuple[Callable[[Prompt], list[int]], Call
     begin = _beginning(file) if file.is_file() else []
 
     def encode(prompt: Prompt) -> list[int]:
-        raw = isinstance(prompt, str)
-        if not raw:
+        if not isinstance(prompt, str):
             try:
                 prompt = tokenizer.apply_chat_template(json.dumps(prompt), add_generation_prompt=True)
             except RuntimeError as error:
                 raise no_template(str(folder)) from error
-        ids = [int(token) for token in tokenizer.encode(prompt)]
-        return begin + ids if raw and ids[: len(begin)] != begin else ids
+            return tokenizer.encode(prompt).tolist()
+        ids = tokenizer.encode(prompt).tolist()
+        return ids if ids[: len(begin)] == begin else begin + ids
 
     def decoder() -> Callable[[int], str]:
         return tokenizer.create_stream().decode
