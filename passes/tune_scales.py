@@ -17,7 +17,7 @@ activations between blocks of one batch, and the weights of one block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -27,15 +27,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tpvc.compiler import interpret
 from tpvc.compiler.ops import OPS, Op
-from tpvc.compiler.program import Program, QTensor, dense, read
+from tpvc.compiler.program import Program, QTensor, dense, linears, read
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.quick import QUICK
+from tpvc.compiler.quick import QUICK, quick_weight
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.loop import Schedule, descend
 from tpvc.compiler.tuning.parallel import ALONE, Ranks, SharedStore
 from tpvc.compiler.verify import ports
 from tpvc.passes.block import behind_prompts, embedded, full_windows, spread
 from tpvc.passes.grid import storable
+from tpvc.passes.logit_divergence import logit_divergence
 from tpvc.passes.share import Share
 
 NORMS = ("rms_norm", "layer_norm")
@@ -196,18 +197,23 @@ class Tunable:
             values = _values(x, ids) | {ports(program, index)[0]: x}
             return interpret.run(program.block(index), values, self.weight, ops=ops)
 
+        head = self._head(ops)
+
         def apart(exact: Tensor, rounded: Tensor, own: Tensor) -> Tensor:
             def logits(x: Tensor, weight: interpret.Weight) -> Tensor:
                 values = _values(x, own) | {last: x}
-                return interpret.run(program.epilogue, values, weight, ops=ops).log_softmax(-1)
+                ready = lambda name: head[name] if name in head else weight(name)  # noqa: E731
+                return interpret.run(program.epilogue, values, ready, ops=ops)
 
             with torch.no_grad():
                 wanted = logits(exact, self.original)
             moving = [rounded, *(self.factors[n] for n in self._behind)]
             leaves = [rounded.detach().requires_grad_(rounded.requires_grad), *moving[1:]]
             found = logits(leaves[0], self.weight)
-            loss = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
-            return _differentiated(loss, leaves, moving) if loss.requires_grad else loss
+            loss, gradient = logit_divergence(found, wanted)
+            if not found.requires_grad:
+                return loss
+            return _with_gradients(loss, torch.autograd.grad(found, leaves, gradient), moving)
 
         x, exact = first.to(self.device), exact.to(self.device)
         for index in range(program.blocks):
@@ -223,6 +229,12 @@ class Tunable:
     @property
     def device(self) -> torch.device:
         return next(iter(self.factors.values())).device
+
+    def _head(self, ops: Mapping[str, Op]) -> dict[str, Tensor]:
+        """What the linears behind the last block multiply by, {name: weight}, made once for all windows of a step."""
+        held = {n.params["weight"] for n in linears(self.program.epilogue)}
+        ready = quick_weight if ops is QUICK else (lambda weight: weight)
+        return {name: ready(self.original(name)) for name in held}
 
     def original(self, name: str) -> Tensor:
         """The parameter without its factor, float32."""
@@ -259,12 +271,11 @@ def _values(x: Tensor, ids: Tensor) -> dict[str, Tensor]:
     return full_windows(torch.empty(x.shape[:2], device=x.device, dtype=torch.long), ids)
 
 
-def _differentiated(loss: Tensor, leaves: list[Tensor], moving: list[Tensor]) -> Tensor:
-    """The loss as a function of `moving` that has the gradients which it has in `leaves`, equal in value, and keeps
-    nothing else: where logits are large, they are neither kept for the backward pass nor computed again in it."""
-    gradients = torch.autograd.grad(loss, leaves)
+def _with_gradients(loss: Tensor, gradients: Sequence[Tensor], moving: Sequence[Tensor]) -> Tensor:
+    """The loss as a function of `moving` that has these gradients in them and keeps nothing else: where logits are
+    large, they are neither kept for the backward pass nor computed again in it."""
     parts = (((m - m.detach()) * g).sum() for m, g in zip(moving, gradients, strict=True))
-    return sum(parts, start=loss.detach())
+    return sum(parts, start=loss)
 
 
 def _through(exact: Tensor, stored: Tensor) -> Tensor:
