@@ -28,6 +28,7 @@ from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
 
 INPUTS = ("input_ids", "positions", "mask", "adapter_ids")
+NORMS = ("rms_norm", "layer_norm")
 INPUT_ROUNDERS = ("round_rows", "round_tensor")
 """The ops that round what linears read."""
 ROUNDERS = (*INPUT_ROUNDERS, "round_heads")

@@ -111,8 +111,3 @@ def behind_prompts(windows: Tensor, program: Program) -> Tensor:
         ids = torch.tensor(prompt_ids(program, program.prompts[turn - 1].name) if turn else [], dtype=torch.int64)
         made[i] = torch.cat((ids, window[: len(window) - len(ids)]))
     return made
-
-
-def relative_error(output: Tensor, target: Tensor) -> float:
-    """Squared error over squared target: 0 is exact, 1 is as bad as zeros."""
-    return float((output - target).double().square().sum() / target.double().square().sum())

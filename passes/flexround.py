@@ -45,11 +45,12 @@ from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import ALONE, Ranks, SharedStore
-from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, relative_error, spread
+from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.factors import Factors
 from tpvc.passes.grid import Range, min_max, on_grid
 from tpvc.passes.grid_search import search
+from tpvc.passes.seen_error import Seen, as_it_is, relative_error, seen_behind
 from tpvc.passes.share import Share
 
 
@@ -63,6 +64,7 @@ class Recipe:
     lr_scale   Adam's rate for log s1; 0 freezes the grid
     searched   start from the importance-weighted search instead of min/max
     held_out   windows kept from the optimiser to choose what is kept
+    seen       errors count as the next norm shows them (seen_error.py), not as they are
     rounds     how often the closing step (tune_scales.py) sees every window; 0: there is none
     lr_rounds  its rate
     rank       of log S2 as a share of a weight's shorter side (LRQ); 0: S2 has the weight's shape
@@ -74,17 +76,22 @@ class Recipe:
     lr_scale: float
     searched: bool
     held_out: int
+    seen: bool
     rounds: float
     lr_rounds: float
     rank: float = 0
 
 
 RECIPES: dict[str, Recipe] = {
-    "fast": Recipe(20, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=0, lr_rounds=0.0),
-    "default": Recipe(120, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=1.5, lr_rounds=7e-4),
-    "best": Recipe(1000, 4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8, rounds=4, lr_rounds=7e-4),
-    "lrq": Recipe(240, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, rounds=1.5, lr_rounds=7e-4, rank=0.25),
-    "paper": Recipe(5000, 2, lr=5e-4, lr_scale=5e-4, searched=False, held_out=0, rounds=0, lr_rounds=0.0),
+    "fast": Recipe(20, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=0, lr_rounds=0.0),
+    "default": Recipe(
+        120, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=1.5, lr_rounds=7e-4
+    ),
+    "best": Recipe(1000, 4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8, seen=True, rounds=4, lr_rounds=7e-4),
+    "lrq": Recipe(
+        240, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=1.5, lr_rounds=7e-4, rank=0.25
+    ),
+    "paper": Recipe(5000, 2, lr=5e-4, lr_scale=5e-4, searched=False, held_out=0, seen=False, rounds=0, lr_rounds=0.0),
 }
 """fast, default and best by measurement (docs/flexround.md); paper: the authors' released Llama-2 setting."""
 
@@ -177,13 +184,14 @@ class FlexRound:
             few = slice(0, share.among(first))
             importance = block.importance(rounded[few], own[few], first, self.ranks)
             start = {name: search(w, importance[name], grid[name], dtype) for name, w in weights.items()}
+        seen = seen_behind(program, index) if self.recipe.seen else as_it_is
         factors = {n: self.factors(w, start[n], grid[n], index) for n, w in weights.items()}
         candidates = {
             "nearest": {n: on_grid(w, nearest[n], grid[n], dtype) for n, w in weights.items()},
             "searched": {n: on_grid(w, start[n], grid[n], dtype) for n, w in weights.items()},
         }
         give_back()
-        curve = self.learn(block, factors, rounded, target, ids, index)
+        curve = self.learn(block, factors, rounded, target, ids, index, seen)
         give_back()
         candidates["learned"] = {n: f.frozen(grid[n], dtype) for n, f in factors.items()}
 
@@ -191,7 +199,8 @@ class FlexRound:
         x, wanted = share.rows(rounded, judged), share.rows(target, judged)
 
         def error(chosen: dict[str, QTensor]) -> float:
-            return relative_error(block.outputs(x, block.with_rounded(chosen), ids[judged.start : judged.stop]), wanted)
+            output = block.outputs(x, block.with_rounded(chosen), ids[judged.start : judged.stop])
+            return relative_error(output, wanted, seen)
 
         found = self.ranks.each([partial(error, chosen) for chosen in candidates.values()])
         errors = dict(zip(candidates, found, strict=True))
@@ -225,12 +234,20 @@ class FlexRound:
 
     @torch.enable_grad()
     def learn(
-        self, block: Block, factors: dict[str, Factors], rounded: Tensor, target: Tensor, ids: Tensor, index: int
+        self,
+        block: Block,
+        factors: dict[str, Factors],
+        rounded: Tensor,
+        target: Tensor,
+        ids: Tensor,
+        index: int,
+        seen: Seen = as_it_is,
     ) -> list:
         """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square.
 
         rounded, target  this process's share of what enters the rounded block and leaves the float one
         ids              of all windows
+        seen             how errors count, and the target
         """
         recipe, share = self.recipe, self.share
         bits = {name: grid_for(self.grid, name).bits for name in factors}
@@ -244,7 +261,8 @@ class FlexRound:
         draw = torch.Generator().manual_seed(self._seed(index))
         training = self._training
         own = share.among(training)
-        power = self.ranks.summed(float(target[:own].square().mean()) * (own / training))
+        power = self.ranks.summed(sum(float(seen(t, t).square().sum()) for t in target[:own].split(AT_ONCE)))
+        power /= training * target[0].numel()
         order: list[int] = []
         curve = []
         ops = QUICK if min(bits.values()) <= 4 else OPS
@@ -255,8 +273,9 @@ class FlexRound:
             weights = {n: f.rounded(2 ** bits[n] - 1, self.scale_dtype) for n, f in factors.items()}
             mine = self.ranks.own(batch)
             x, wanted = (self.ranks.own(share.rows(stream, batch)) for stream in (rounded, target))
-            output = block.output(x, {**block.weights, **weights}, ids[mine], ops=ops)
-            loss = (output - wanted.to(self.device)).square().mean() / power * (len(mine) / len(batch))
+            wanted = wanted.to(self.device)
+            error = block.output(x, {**block.weights, **weights}, ids[mine], ops=ops) - wanted
+            loss = seen(error, wanted).square().mean() / power * (len(mine) / len(batch))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.ranks.whole(loss, (p for group in groups for p in group["params"]))

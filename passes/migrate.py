@@ -21,9 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpvc.compiler.program import INPUT_ROUNDERS, Lazy, Node, Parameter, Program, dense, linears, read
-
-NORMS = ("rms_norm", "layer_norm")
+from tpvc.compiler.program import INPUT_ROUNDERS, NORMS, Lazy, Node, Parameter, Program, dense, linears, read
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tpvc.compiler import interpret
 from tpvc.compiler.ops import OPS, Op
-from tpvc.compiler.program import Program, QTensor, dense, linears, read
+from tpvc.compiler.program import NORMS, Program, QTensor, dense, linears, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import QUICK, quick_weight
 from tpvc.compiler.store import BlockStore
@@ -39,7 +39,6 @@ from tpvc.passes.grid import storable
 from tpvc.passes.logit_divergence import logit_divergence
 from tpvc.passes.share import Share
 
-NORMS = ("rms_norm", "layer_norm")
 WARMUP = 0.1
 """Share of the steps on which the rate climbs."""
 

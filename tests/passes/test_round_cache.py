@@ -14,10 +14,11 @@ from tpvc.compiler.program import Grid, Program, linears, read, rounded_cache
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
 from tpvc.kernels.rope_cache import int8_reference
-from tpvc.passes.block import EXACT, Block, embedded, relative_error, spread
+from tpvc.passes.block import EXACT, Block, embedded, spread
 from tpvc.passes.flexround import RECIPES, FlexRound
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.round_cache import RoundCache, float_cache
+from tpvc.passes.seen_error import relative_error, seen_behind
 
 GRID = Grid(4, -1, True)
 
@@ -116,7 +117,8 @@ def test_learning_sees_it(model, tmp_path):
     target = plain.outputs(exact, plain.weights, ids)
     assert torch.equal(block.outputs(exact, block.weights, ids, EXACT), target)
     kept = {n.params["weight"]: read(rounded.params[n.params["weight"]]) for n in linears(program.block(0))}
-    own, other = (relative_error(b.outputs(exact, b.with_rounded(kept), ids), target) for b in (block, plain))
+    seen = seen_behind(program, 0)
+    own, other = (relative_error(b.outputs(exact, b.with_rounded(kept), ids), target, seen) for b in (block, plain))
     assert record["error"] == pytest.approx(own) and record["error"] != pytest.approx(other)
 
 
