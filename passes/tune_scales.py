@@ -200,9 +200,10 @@ class Tunable:
 
         def apart(exact: Tensor, rounded: Tensor, own: Tensor) -> Tensor:
             def logits(x: Tensor, weight: interpret.Weight) -> Tensor:
-                values = _values(x, own) | {last: x}
-                ready = lambda name: head[name] if name in head else weight(name)  # noqa: E731
-                return interpret.run(program.epilogue, values, ready, ops=ops)
+                def ready(name: str) -> Tensor:
+                    return head[name] if name in head else weight(name)
+
+                return interpret.run(program.epilogue, _values(x, own) | {last: x}, ready, ops=ops)
 
             with torch.no_grad():
                 wanted = logits(exact, self.original)
@@ -232,8 +233,8 @@ class Tunable:
     def _head(self, ops: Mapping[str, Op]) -> dict[str, Tensor]:
         """What the linears behind the last block multiply by, {name: weight}, made once for all windows of a step."""
         held = {n.params["weight"] for n in linears(self.program.epilogue)}
-        ready = quick_weight if ops is QUICK else (lambda weight: weight)
-        return {name: ready(self.original(name)) for name in held}
+        weights = {name: self.original(name) for name in held}
+        return {name: quick_weight(w) for name, w in weights.items()} if ops is QUICK else weights
 
     def original(self, name: str) -> Tensor:
         """The parameter without its factor, float32."""
