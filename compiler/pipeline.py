@@ -149,7 +149,7 @@ def quantize(
             measured = own.store(work / BLOCKS / MEASURED, identity, replace=True)
             grid, chosen_bits = _choose_bits(job, options, calibration, measured, progress)
         easing = own.store(work / BLOCKS / EASING, identity, replace=True)
-        passes = _passes(grid, options, chosen, calibration, store, closing, easing, progress, own)
+        passes = _passes(program, grid, options, chosen, calibration, store, closing, easing, progress, own)
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
@@ -209,6 +209,7 @@ def _choose_bits(
 
 
 def _passes(
+    program: Program,
     grid: Grids,
     options: dict[str, Any],
     recipe: Recipe,
@@ -229,7 +230,7 @@ def _passes(
     if options["method"] == "flexround":
         seed, device = options["seed"], options["device"]
         windows = calibration.tokens
-        passes.append(FlexRound(grid, recipe, windows, store, seed, dtype, device, progress, own))
+        passes.append(FlexRound(grid, recipe, windows, store, seed, dtype, device, progress, own, norms=program))
         if recipe.rounds:
             held = held_out(recipe, len(windows))
             rates = recipe.rounds, recipe.batch, recipe.lr_rounds

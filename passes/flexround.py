@@ -12,9 +12,10 @@ One block at a time, all its linears jointly:
 
     minimise || block_float(x_float) - block_rounded(x_rounded) ||^2
 
-with the input from the already rounded prefix and the target from the float prefix; Adam, cosine decay to 0, a
-straight-through gradient for rounding. What is kept is the best of the learned, the starting and the nearest codes on
-calibration windows that no step has seen.
+as the norms behind the block show the difference (seen_error.py; recipe paper: as it is), with the input from the
+already rounded prefix and the target from the float prefix; Adam, cosine decay to 0, a straight-through gradient for
+rounding. What is kept is the best of the learned, the starting and the nearest codes on calibration windows that no
+step has seen.
 
 Where adapters stand beside the weights (`rotate` nodes), every window belongs to the base or to one of them, and runs
 with its vectors through all blocks; a step therefore sees a drawn few of them, and one integer base serves them all.
@@ -64,7 +65,7 @@ class Recipe:
     lr_scale   Adam's rate for log s1; 0 freezes the grid
     searched   start from the importance-weighted search instead of min/max
     held_out   windows kept from the optimiser to choose what is kept
-    seen       errors count as the next norm shows them (seen_error.py), not as they are
+    seen       errors count as the norms of the next blocks show them (seen_error.py), not as they are
     rounds     how often the closing step (tune_scales.py) sees every window; 0: there is none
     lr_rounds  its rate
     rank       of log S2 as a share of a weight's shorter side (LRQ); 0: S2 has the weight's shape
@@ -119,6 +120,8 @@ class FlexRound:
     windows      int64 [n, L] calibration tokens
     scale_dtype  dtype the scales are stored in; they are exact in it
     ranks        the processes that share the windows
+    norms        the same model before factors moved out of its norms, which then do not tell how large features are;
+                 None: the one that is rounded
     A finished block found in `store` is taken as it is, so an interrupted run goes on where it stopped.
     """
 
@@ -131,6 +134,7 @@ class FlexRound:
     device: str = "cpu"
     progress: Progress = silent
     ranks: Ranks = ALONE
+    norms: Program | None = None
 
     @property
     def share(self) -> Share:
@@ -184,7 +188,7 @@ class FlexRound:
             few = slice(0, share.among(first))
             importance = block.importance(rounded[few], own[few], first, self.ranks)
             start = {name: search(w, importance[name], grid[name], dtype) for name, w in weights.items()}
-        seen = seen_behind(program, index) if self.recipe.seen else as_it_is
+        seen = self.seen(program, index)
         factors = {n: self.factors(w, start[n], grid[n], index) for n, w in weights.items()}
         candidates = {
             "nearest": {n: on_grid(w, nearest[n], grid[n], dtype) for n, w in weights.items()},
@@ -219,6 +223,10 @@ class FlexRound:
         }
         return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), own))
 
+    def seen(self, program: Program, index: int) -> Seen:
+        """How errors of block `index` count."""
+        return seen_behind(self.norms or program, index) if self.recipe.seen else as_it_is
+
     @property
     def _training(self) -> int:
         """How many windows, from the first, the optimiser may see."""
@@ -241,13 +249,13 @@ class FlexRound:
         target: Tensor,
         ids: Tensor,
         index: int,
-        seen: Seen = as_it_is,
+        seen: Seen,
     ) -> list:
-        """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square.
+        """Run the optimiser; returns [[step, loss], ...], the loss relative to the target's mean square, both as seen.
 
         rounded, target  this process's share of what enters the rounded block and leaves the float one
         ids              of all windows
-        seen             how errors count, and the target
+        seen             how errors count, and the target (seen_error.py)
         """
         recipe, share = self.recipe, self.share
         bits = {name: grid_for(self.grid, name).bits for name in factors}

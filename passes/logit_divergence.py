@@ -21,11 +21,12 @@ CHUNK = 1 << 20
 def logit_divergence(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """(sum over all tokens of KL(softmax(wanted) || softmax(found)) in nats, float32 []; its gradient in `found`).
 
-    Both float32 [..., vocab]. The gradient is `wanted` itself, whose logits are used up.
+    Both float32 [..., vocab], `wanted` contiguous: the gradient is `wanted` itself, whose logits are used up.
     """
-    rows = max(1, CHUNK // found.shape[-1])
+    vocab = found.shape[-1]
+    rows = max(1, CHUNK // vocab)
     total = torch.zeros((), dtype=torch.float64, device=found.device)
-    for f, w in zip(found.flatten(0, -2).split(rows), wanted.flatten(0, -2).split(rows), strict=True):
+    for f, w in zip(found.reshape(-1, vocab).split(rows), wanted.view(-1, vocab).split(rows), strict=True):
         log_f, log_w = f.log_softmax(-1), w.log_softmax(-1)
         chance = log_w.exp()
         total += torch.linalg.vecdot(chance, log_w.sub_(log_f)).sum()

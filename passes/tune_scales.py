@@ -196,8 +196,6 @@ class Tunable:
             values = _values(x, ids) | {ports(program, index)[0]: x}
             return interpret.run(program.block(index), values, self.weight, ops=ops)
 
-        head = self._head(ops)
-
         def apart(exact: Tensor, rounded: Tensor, own: Tensor) -> Tensor:
             def logits(x: Tensor, weight: interpret.Weight) -> Tensor:
                 def ready(name: str) -> Tensor:
@@ -218,6 +216,7 @@ class Tunable:
         x, exact = first.to(self.device), exact.to(self.device)
         for index in range(program.blocks):
             x = checkpoint(block, x, index, use_reentrant=False)
+        head = self._head(ops)
         windows = zip(exact.split(1), x.split(1), ids.split(1), strict=True)  # logits of one window at a time
         return sum(apart(*one) for one in windows) / x[..., 0].numel()
 

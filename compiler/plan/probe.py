@@ -145,7 +145,8 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
         learning = FlexRound(made.grid, replace(made.recipe, steps=steps, held_out=0), x, None, seed, dtype, device)
         weights = {n: block.weights[n] for n in names}
         factors = {n: learning.factors(w, min_max(w, made.grid, dtype), made.grid, 0) for n, w in weights.items()}
-        return _seconds(lambda: learning.learn(block, factors, x, target, ids, 0), warm=False)
+        seen = learning.seen(program, 0)
+        return _seconds(lambda: learning.learn(block, factors, x, target, ids, 0, seen), warm=False)
 
     first = learn(1)
     step = first if first > 5 else (learn(4) - learn(1)) / 3

@@ -149,6 +149,17 @@ def test_rounding_under_the_adapters_serves_them_better_than_rounding_without(pr
     assert errors[0] < errors[1]
 
 
+def test_norms_that_gave_factors_to_weights_do_not_tell_how_errors_count(program, tmp_path):
+    """A factor that moved changes no error that a later block sees; the norm alone says it does."""
+    norm, fresh = "model.layers.1.input_layernorm.weight", torch.randn(2, 16, 32)
+    moved = program.with_params({norm: torch.linspace(0.1, 2, 32)})
+    told = flex(tmp_path, norms=program).seen(moved, 0)(fresh, fresh)
+    assert torch.equal(told, flex(tmp_path).seen(program, 0)(fresh, fresh))
+    assert not torch.equal(told, flex(tmp_path).seen(moved, 0)(fresh, fresh))
+    plain = flex(tmp_path, replace(RECIPE, seen=False), norms=program).seen(moved, 0)(fresh, fresh)
+    assert torch.equal(plain, fresh)
+
+
 def test_same_seed_same_integers_other_seed_others(program, tmp_path):
     one, two, three = (integers(flex(tmp_path / str(i), seed=s)(program)) for i, s in enumerate((5, 5, 6)))
     assert same(one, two)

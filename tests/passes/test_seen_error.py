@@ -115,3 +115,12 @@ def test_a_relative_error_does_not_look_at_what_the_norm_divides_away():
     # of 31 features that are 1 and one that is seen as 100 * 0.01
     assert relative_error(small, target, seen) == pytest.approx(1 / 32)
     assert relative_error(large, target, seen) == pytest.approx(1e-4 / 32)
+
+
+def test_a_norm_of_zeros_has_no_say():
+    program = model(FAMILIES["llama"][0])
+    names = [n.params["weight"] for n in program.nodes if n.op in NORMS and n.block == 1]
+    zeros = program.with_params({names[0]: torch.zeros(32)})
+    error, target = torch.ones(2, 8, 32), stream(program, 0)
+    assert seen_behind(zeros, 0)(error, target).isfinite().all()
+    assert not torch.equal(seen_behind(zeros, 0)(error, target), seen_behind(program, 0)(error, target))
