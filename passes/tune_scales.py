@@ -190,35 +190,39 @@ class Tunable:
         ids           int64 [b]: the adapter of every window, -1 for none
         """
         program, ids = self.program, ids.to(self.device)
-        last = program.epilogue[0].inputs[0]
 
         def block(x: Tensor, index: int) -> Tensor:
             values = _values(x, ids) | {ports(program, index)[0]: x}
             return interpret.run(program.block(index), values, self.weight, ops=ops)
-
-        def apart(exact: Tensor, rounded: Tensor, own: Tensor) -> Tensor:
-            def logits(x: Tensor, weight: interpret.Weight) -> Tensor:
-                def ready(name: str) -> Tensor:
-                    return head[name] if name in head else weight(name)
-
-                return interpret.run(program.epilogue, _values(x, own) | {last: x}, ready, ops=ops)
-
-            with torch.no_grad():
-                wanted = logits(exact, self.original)
-            moving = [rounded, *(self.factors[n] for n in self._behind)]
-            leaves = [rounded.detach().requires_grad_(rounded.requires_grad), *moving[1:]]
-            found = logits(leaves[0], self.weight)
-            loss, gradient = logit_divergence(found, wanted)
-            if not found.requires_grad:
-                return loss
-            return _with_gradients(loss, torch.autograd.grad(found, leaves, gradient), moving)
 
         x, exact = first.to(self.device), exact.to(self.device)
         for index in range(program.blocks):
             x = checkpoint(block, x, index, use_reentrant=False)
         head = self._head(ops)
         windows = zip(exact.split(1), x.split(1), ids.split(1), strict=True)  # logits of one window at a time
-        return sum(apart(*one) for one in windows) / x[..., 0].numel()
+        return sum(self._of_logits(*one, head, ops) for one in windows) / x[..., 0].numel()
+
+    def _of_logits(
+        self, exact: Tensor, rounded: Tensor, ids: Tensor, head: Mapping[str, Tensor], ops: Mapping[str, Op]
+    ) -> Tensor:
+        """The divergence, summed over tokens, of what leaves the last block in float and rounded, float32 [1, L, D]."""
+        last = self.program.epilogue[0].inputs[0]
+
+        def logits(x: Tensor, weight: interpret.Weight) -> Tensor:
+            def ready(name: str) -> Tensor:
+                return head[name] if name in head else weight(name)
+
+            return interpret.run(self.program.epilogue, _values(x, ids) | {last: x}, ready, ops=ops)
+
+        with torch.no_grad():
+            wanted = logits(exact, self.original)
+        moving = [rounded, *(self.factors[n] for n in self._behind)]
+        leaves = [rounded.detach().requires_grad_(rounded.requires_grad), *moving[1:]]
+        found = logits(leaves[0], self.weight)
+        loss, gradient = logit_divergence(found, wanted)
+        if not found.requires_grad:
+            return loss
+        return _with_gradients(loss, torch.autograd.grad(found, leaves, gradient), moving)
 
     @property
     def _behind(self) -> list[str]:
