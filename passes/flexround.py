@@ -86,7 +86,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "fast": Recipe(20, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=0, lr_rounds=0.0),
     "default": Recipe(
-        120, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=1.5, lr_rounds=7e-4
+        120, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=0.75, lr_rounds=7e-4
     ),
     "best": Recipe(1000, 4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8, seen=True, rounds=4, lr_rounds=7e-4),
     "lrq": Recipe(
