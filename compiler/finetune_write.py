@@ -22,7 +22,8 @@ from tpvc.compiler.tuning.space import Space
 from tpvc.compiler.tuning.weight_space import WeightSpace
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.fold_lora import FoldLora
-from tpvc.passes.fold_road import FoldRoad, as_stored
+from tpvc.passes.fold_road import FoldRoad
+from tpvc.passes.store_dtypes import store_dtypes
 
 ADAPTER = "adapter"
 """The folder beside a merged checkpoint."""
@@ -79,7 +80,7 @@ def write(
         },
     }
     if isinstance(space, WeightSpace):
-        changed = as_stored(program.with_params({n: t.cpu() for n, t in best.items()}), program)
+        changed = store_dtypes(program.with_params({n: t.cpu() for n, t in best.items()}), program)
         huggingface.emit(changed, directory, tokenizer, checkpoint)
     else:
         if isinstance(space, LoraSpace):
@@ -92,6 +93,6 @@ def write(
             files.write(adapter, directory, program, manifest)
         else:
             own = {"tpvc": tpvc.__version__, "options": manifest["options"]}
-            huggingface.emit(as_stored(folded, program), directory, tokenizer, checkpoint)
+            huggingface.emit(store_dtypes(folded, program), directory, tokenizer, checkpoint)
             files.write(adapter, directory / ADAPTER, program, own)
     return json.loads((directory / MANIFEST).read_text(encoding="utf-8"))

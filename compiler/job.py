@@ -19,7 +19,7 @@ from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.checks import check_float, check_grid
 from tpvc.passes.ease_inputs import EASED, windows_seen
-from tpvc.passes.flexround import RECIPES, Recipe, most_processes
+from tpvc.passes.flexround import RECIPES, Recipe, held_out, most_processes
 from tpvc.passes.fold_road import FoldRoad
 from tpvc.passes.round_activations import FP8_BITS, RoundActivations, check_kind
 from tpvc.passes.round_cache import RoundCache, check_cache
@@ -35,9 +35,11 @@ class Job:
     source          the model
     program         the same with what is deployed beside its weights: `source` under the passes `adapting`
     roads, prompts  what those passes brought
+    method          "flexround" or "rtn"
     nsamples        calibration windows that are looked at
     grid            of the block linears; with avg_bits its bits are the largest width that they pay for everywhere
     fused           with avg_bits: the groups that bits are chosen for, without damages
+    head_bits       of the head; 16: it stays in float
     eased           whether EaseInputs is among the passes
     """
 
@@ -47,12 +49,14 @@ class Job:
     roads: tuple[Road, ...]
     prompts: tuple[Prompt, ...]
     grid: Grid
+    method: str
     recipe: Recipe
     nsamples: int
     seqlen: int
-    avg_bits: float | None = None
-    fused: tuple[Fused, ...] = ()
-    eased: bool = False
+    head_bits: int
+    avg_bits: float | None
+    fused: tuple[Fused, ...]
+    eased: bool
 
 
 def prepare(
@@ -78,7 +82,7 @@ def prepare(
     if bits is not None and avg_bits is not None:
         raise TpvcError(f"found {bits} bits for every weight and {avg_bits:g} on average; give one of them")
     bits = 4 if bits is None else bits
-    _check_options(bits, method, recipe, head_bits, nsamples, seqlen)
+    _check_options(bits, method, recipe, steps, head_bits, nsamples, seqlen)
     if activations is not None:
         check_kind(activations, bits)
     if cache is not None:
@@ -115,10 +119,22 @@ def prepare(
     if method == "rtn":  # the rest would be for learning
         nsamples = min(nsamples, windows_seen(program))
     if calibrated(method, activations, avg_bits):
-        _check_windows(program, nsamples, seqlen)
-    eased = activations in EASED
+        _check_windows(program, nsamples, seqlen, chosen if method == "flexround" else None)
     return Job(
-        source, program, tuple(adapting), adapters, tasks, grid, chosen, nsamples, seqlen, avg_bits, groups, eased
+        source=source,
+        program=program,
+        adapting=tuple(adapting),
+        roads=adapters,
+        prompts=tasks,
+        grid=grid,
+        method=method,
+        recipe=chosen,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        head_bits=head_bits,
+        avg_bits=avg_bits,
+        fused=groups,
+        eased=activations in EASED,
     )
 
 
@@ -140,13 +156,17 @@ def scale_dtype(program: Program) -> torch.dtype:
     return program.params[first].dtype
 
 
-def _check_options(bits: int, method: str, recipe: str, head_bits: int, nsamples: int, seqlen: int | None) -> None:
+def _check_options(
+    bits: int, method: str, recipe: str, steps: int | None, head_bits: int, nsamples: int, seqlen: int | None
+) -> None:
     if not 2 <= bits <= 8:
         raise TpvcError(f"bits is {bits}; expected a width from 2 to 8")
     if method not in ("flexround", "rtn"):
         raise TpvcError(f"method is '{method}'; expected flexround or rtn")
     if recipe not in RECIPES:
         raise TpvcError(f"recipe is '{recipe}'; expected one of {', '.join(RECIPES)}")
+    if steps is not None and steps < 0:
+        raise TpvcError(f"found {steps} steps a block; expected 0 (nothing is learned) or more")
     if head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
         raise TpvcError(f"head bits is {head_bits}; expected 16 (keep the head in float) or a width from 2 to 8")
     if nsamples < 1 or (seqlen is not None and seqlen < 2):
@@ -161,17 +181,24 @@ def check_processes(method: str, recipe: Recipe, nsamples: int) -> None:
     if count > 1 and count > (most := most_processes(recipe, nsamples)):
         raise TpvcError(
             f"found {count} processes for {nsamples} calibration windows and steps of {recipe.batch} of them;"
-            f" start at most {most}, or ask for more windows"
+            f" start at most {most}" + (", or ask for more windows" if most < recipe.batch else "")
         )
 
 
-def _check_windows(program: Program, nsamples: int, seqlen: int) -> None:
-    """Calibration windows must go round the adapters and prompts, and leave room for text behind the prompts."""
+def _check_windows(program: Program, nsamples: int, seqlen: int, learning: Recipe | None) -> None:
+    """Calibration windows must go round the adapters and prompts, also those that are learned from, and leave room for
+    text behind the prompts."""
+
+    def used(windows: int) -> int:
+        return windows - held_out(learning, windows) if learning else windows
+
     combinations = (len(program.adapters) + 1) * (len(program.prompts) + 1)
-    if nsamples < combinations:
+    if used(nsamples) < combinations:
+        held = nsamples - used(nsamples)
+        enough = next(n for n in range(combinations, 2 * combinations) if used(n) >= combinations)
         raise TpvcError(
-            f"{nsamples} calibration windows do not go round the base, {len(program.adapters)} adapters and"
-            f" {len(program.prompts)} prompts; ask for at least {combinations}"
+            f"{nsamples} calibration windows{f', {held} of them held out,' if held else ''} do not go round the base,"
+            f" {len(program.adapters)} adapters and {len(program.prompts)} prompts; ask for at least {enough}"
         )
     longest = max((p.tokens for p in program.prompts), default=0)
     if longest and seqlen < 2 * longest:

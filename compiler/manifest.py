@@ -78,6 +78,6 @@ def _pass_record(done: Any) -> dict[str, Any]:
 def _why_float(program: Program, node: Node) -> str:
     if node.op == "embed":
         return "an untied embedding is a table lookup: rounding it saves bytes but no time; kept in float"
-    if node in program.prologue:
+    if node.name in {n.name for n in program.prologue}:
         return "it stands before the first block"
     return "what follows the last block was kept in float (--head-bits 16)"

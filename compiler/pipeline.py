@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tpvc.compiler import frontends, report
 from tpvc.compiler.backends import huggingface
@@ -22,12 +20,12 @@ from tpvc.compiler.program import Grid, Grids, Program, grid_of, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.tuning.parallel import Ranks, SharedStore, ranks
 from tpvc.compiler.verify import verify
-from tpvc.passes.ease_inputs import EASED, EaseInputs
-from tpvc.passes.flexround import FlexRound, Recipe, held_out
-from tpvc.passes.fold_road import as_stored
+from tpvc.passes.ease_inputs import EaseInputs
+from tpvc.passes.flexround import FlexRound, held_out
 from tpvc.passes.measure_damage import MeasureDamage
 from tpvc.passes.round_to_nearest import RoundToNearest
 from tpvc.passes.spend_bits import average, grids, spend
+from tpvc.passes.store_dtypes import store_dtypes
 from tpvc.passes.tune_scales import TuneScales
 
 
@@ -141,21 +139,20 @@ def quantize(
             calibration = replace(calibration, tokens=tokens)
         identity = {**_fingerprint(program, options, calibration), "processes": own.count}
         store = own.store(work / BLOCKS, identity, replace=overwrite, divided=True)
-        closing = own.store(work / BLOCKS / CLOSING, identity, replace=True)
+        easing, measured, closing = (own.store(work / BLOCKS / n, identity, replace=True) for n in BESIDE)
         if own.rank == 0 and store.finished(0) is None:
             _check_finite(program, progress)
         chosen_bits = None
         if avg_bits is not None:
-            measured = own.store(work / BLOCKS / MEASURED, identity, replace=True)
-            grid, chosen_bits = _choose_bits(job, options, calibration, measured, progress)
-        easing = own.store(work / BLOCKS / EASING, identity, replace=True)
-        passes = _passes(program, grid, options, chosen, calibration, store, closing, easing, progress, own)
+            grid, chosen_bits = _choose_bits(job, calibration, measured, seed, device, progress)
+        stores = Stores(easing, store, closing)
+        passes = _passes(job, grid, calibration, stores, seed, device, progress, own)
         rounded = program
         for rounding in passes:
             rounded = verify(rounding(rounded), after=type(rounding).__name__)
         if own.rank:
             return out  # process 0 writes
-        rounded = as_stored(rounded, source)
+        rounded = store_dtypes(rounded, source)
         manifest, timings = manifest_of(source, rounded, store, options, calibration, [*job.adapting, *passes])
         if chosen_bits is not None:
             manifest["chosen_bits"] = chosen_bits
@@ -169,12 +166,9 @@ def quantize(
     return out
 
 
-CLOSING = "closing"
-"""Where, among the finished blocks, the closing step keeps its state."""
-EASING = "easing"
-"""Likewise what was chosen before int8 activations were rounded."""
-MEASURED = "measured"
-"""Likewise the blocks on which bits were tried."""
+BESIDE = "easing", "measured", "closing"
+"""Where, among the finished blocks, these keep their state: what was chosen before int8 activations were rounded, the
+blocks on which bits were tried, and the closing step."""
 
 Rounding = FlexRound | RoundToNearest | EaseInputs | TuneScales
 
@@ -189,11 +183,10 @@ def _check_finite(program: Program, progress: Progress) -> None:
 
 
 def _choose_bits(
-    job: Job, options: dict[str, Any], calibration: Calibration, store: SharedStore, progress: Progress
+    job: Job, calibration: Calibration, store: SharedStore, seed: int, device: str, progress: Progress
 ) -> tuple[dict[str, Grid], dict[str, Any]]:
     """(grid of every block linear by its weight, what the manifest says about the choice)."""
-    searched = options["method"] == "flexround" and job.recipe.searched
-    seed, device, dtype = options["seed"], options["device"], getattr(torch, options["scale_dtype"])
+    searched, dtype = job.method == "flexround" and job.recipe.searched, scale_dtype(job.source)
     measure = MeasureDamage(job.grid, searched, calibration.tokens, store, seed, dtype, device, progress)
     groups = measure(job.program, job.fused)
     widths = spend(groups, job.avg_bits)
@@ -208,38 +201,42 @@ def _choose_bits(
     }
 
 
+@dataclass(frozen=True)
+class Stores:
+    """Where the passes keep what they finished: what was chosen before, the blocks, and the closing step's state."""
+
+    easing: SharedStore
+    blocks: SharedStore
+    closing: SharedStore
+
+
 def _passes(
-    program: Program,
+    job: Job,
     grid: Grids,
-    options: dict[str, Any],
-    recipe: Recipe,
     calibration: Calibration | None,
-    store: SharedStore,
-    closing: SharedStore,
-    easing: SharedStore,
+    stores: Stores,
+    seed: int,
+    device: str,
     progress: Progress,
     own: Ranks,
 ) -> list[Rounding]:
     """Order is meaning: what makes activations easy to round first; then the blocks, rounded under them on the float
     embedding, and what is tuned behind them; then the head, which may share its matrix with the embedding."""
-    dtype = getattr(torch, options["scale_dtype"])
+    recipe, dtype, blocks = job.recipe, scale_dtype(job.source), stores.blocks
     passes: list[Rounding] = []
-    if options.get("activations") in EASED:
-        how = options["seed"], options["device"]
-        passes.append(EaseInputs(calibration.tokens, grid, easing, dtype, *how, progress))
-    if options["method"] == "flexround":
-        seed, device = options["seed"], options["device"]
-        windows = calibration.tokens
-        passes.append(FlexRound(grid, recipe, windows, store, seed, dtype, device, progress, own, norms=program))
+    if job.eased:
+        passes.append(EaseInputs(calibration.tokens, grid, stores.easing, dtype, seed, device, progress))
+    if job.method == "flexround":
+        windows, how = calibration.tokens, (device, progress, own)
+        passes.append(FlexRound(grid, recipe, windows, blocks, seed, dtype, *how, norms=job.program))
         if recipe.rounds:
-            held = held_out(recipe, len(windows))
             rates = recipe.rounds, recipe.batch, recipe.lr_rounds
-            passes.append(TuneScales(*rates, held, windows, store, closing, seed, device, progress, own))
+            held = held_out(recipe, len(windows))
+            passes.append(TuneScales(*rates, held, windows, blocks, stores.closing, seed, *how))
     else:
-        passes.append(RoundToNearest(grid, store, scale_dtype=dtype, progress=progress))
-    if options["head_bits"] != 16:
-        head = Grid(options["head_bits"], -1, True)
-        passes.append(RoundToNearest(head, store, "epilogue", dtype, progress))
+        passes.append(RoundToNearest(grid, blocks, scale_dtype=dtype, progress=progress))
+    if job.head_bits != 16:
+        passes.append(RoundToNearest(Grid(job.head_bits, -1, True), blocks, "epilogue", dtype, progress))
     return passes
 
 

@@ -18,7 +18,8 @@ from tpvc.compiler.program import Lazy, Program, read
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.verify import verify
 from tpvc.passes.bank_road import BankRoad
-from tpvc.passes.fold_road import FoldRoad, as_stored
+from tpvc.passes.fold_road import FoldRoad
+from tpvc.passes.store_dtypes import store_dtypes
 
 KINDS = ("disjoint", "product", "interpolate")
 
@@ -119,7 +120,7 @@ def _rewritten(
     progress("load", 1, 1, "")
     fold = FoldRoad(inverse=direction == "unmerge")
     folded = verify(fold(verify(BankRoad((road,))(program), after="BankRoad")), after="FoldRoad")
-    written = _told(as_stored(folded, program), program, direction, progress)
+    written = _told(store_dtypes(folded, program), program, direction, progress)
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": "checkpoint",

@@ -89,29 +89,3 @@ def _check(program: Program, node: Node, rotate: Node) -> None:
             f"the output of '{node.name}' is read by '{readers[0]}' without the rotation, so it cannot be folded in;"
             " leave the adapter beside the weights"
         )
-
-
-def as_stored(folded: Program, source: Program) -> Program:
-    """`folded` with its float parameters in the dtypes in which `source` stores them, rounded once, when they are read.
-
-    TpvcError, then, for a number that such a dtype cannot hold.
-    """
-
-    def lazy(name: str, parameter: Parameter, dtype: torch.dtype) -> Lazy:
-        def make() -> torch.Tensor:
-            value = read(parameter).to(dtype)
-            if not bool(value.isfinite().all()):
-                kind = str(dtype).removeprefix("torch.")
-                raise TpvcError(
-                    f"'{name}' does not fit {kind} any more; leave the adapter beside the weights, or use bfloat16"
-                )
-            return value
-
-        return Lazy(tuple(parameter.shape), dtype, make)
-
-    changed = {}
-    for name, parameter in folded.params.items():
-        own = source.params.get(name)
-        if own is not None and own is not parameter and grid_of(parameter) is None:
-            changed[name] = lazy(name, parameter, own.dtype)
-    return folded.with_params(changed)

@@ -4,7 +4,8 @@ import pytest
 
 import tpvc
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.job import default_group
+from tpvc.compiler.job import check_processes, default_group, prepare
+from tpvc.passes.flexround import RECIPES
 
 
 def test_default_group_divides_every_weight(tiny_llama):
@@ -20,6 +21,7 @@ def test_default_group_divides_every_weight(tiny_llama):
         ({"seqlen": 1}, "windows of 1 token"),
         ({"group": 48}, "32, 64"),
         ({"bits": 9}, "2 to 8"),
+        ({"steps": -5}, "found -5 steps a block; expected 0"),
     ],
 )
 def test_bad_options_are_one_sentence_before_any_work(tiny_llama, tmp_path, options, says):
@@ -27,3 +29,23 @@ def test_bad_options_are_one_sentence_before_any_work(tiny_llama, tmp_path, opti
         tpvc.quantize(tiny_llama, tmp_path / "out", **options)
     assert says in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_adapter_has_a_window_that_is_learned_from(tiny_llama, write_adapter, tmp_path):
+    """The last eighth is held out: of 8 windows the one that the seventh of seven adapters would have."""
+    roads = {f"r{i}": write_adapter(tiny_llama, tmp_path / f"r{i}", i) for i in range(7)}
+    with pytest.raises(TpvcError, match=r"8 calibration windows, 1 of them held out, do not go round .* at least 9$"):
+        prepare(tiny_llama, roads=roads, nsamples=8)
+    assert prepare(tiny_llama, roads=roads, nsamples=9).nsamples == 9
+    assert prepare(tiny_llama, roads=roads, nsamples=8, recipe="paper").nsamples == 8
+    assert prepare(tiny_llama, roads=roads, nsamples=8, method="rtn").nsamples == 8
+
+
+@pytest.mark.parametrize(
+    ("processes", "windows", "says"),
+    [(8, 128, "start at most 4$"), (4, 16, "start at most 2, or ask for more windows$")],
+)
+def test_too_many_processes_are_told_what_would_help(monkeypatch, processes, windows, says):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(TpvcError, match=says):
+        check_processes("flexround", RECIPES["default"], windows)

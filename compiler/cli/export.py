@@ -116,7 +116,7 @@ def command(
         then = "the same command goes on after the last finished kernel" if to == "triton" else "nothing was written"
         raise click.Abort(f"interrupted; {then}") from interrupt
     files = {f.relative_to(out).as_posix(): f.stat().st_size for f in sorted(out.rglob("*")) if f.is_file()}
-    notes = json.loads((out / "tpvc.json").read_text()).get("notes", [])
+    notes = json.loads((out / "tpvc.json").read_text(encoding="utf-8")).get("notes", [])
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "files": files, "notes": notes})
     show = console.out().print

@@ -171,15 +171,16 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["flexround", "rtn"]),
                 default="flexround",
                 show_default=True,
-                help="Learned rounding, or round-to-nearest (seconds, and no text but for int8 activations).",
+                help="Learned rounding, or round-to-nearest: seconds, and no text but for int8 activations and "
+                "--avg-bits.",
             ),
             click.option(
                 "--recipe",
                 type=click.Choice(["fast", "default", "best", "lrq", "paper"]),
                 default="default",
                 show_default=True,
-                help="How long FlexRound learns, in optimiser steps a block: fast 20; default 120 and best 1000, "
-                "with a closing step; lrq 240 with factors of low rank; paper 5000 (FlexRound's other settings too).",
+                help="How long FlexRound learns, in optimiser steps a block: fast 20; default 120, best 1000 and lrq "
+                "240 (factors of low rank), with a closing step; paper 5000 (FlexRound's other settings too).",
             ),
             click.option(
                 "--dataset",

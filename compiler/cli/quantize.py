@@ -138,7 +138,7 @@ def command(
         raise click.Abort("interrupted; the same command goes on after the last finished block") from interrupt
     if not is_first():
         return
-    manifest = json.loads((out / "tpvc.json").read_text())
+    manifest = json.loads((out / "tpvc.json").read_text(encoding="utf-8"))
     if as_json:
         console.print_json({"directory": str(out), "seconds": took, "peak_bytes": peak_bytes(), "manifest": manifest})
     else:

@@ -83,7 +83,7 @@ def plan(
         options |= {"recipe": recipe, "steps": steps, "nsamples": nsamples, "seqlen": seqlen, "head_bits": head_bits}
         options |= {"roads": _texts(roads), "fold": fold, "prompts": _texts(prompts)}
         job = prepare(model, **options)
-        program = outcome(job, head_bits)
+        program = outcome(job)
     folded = None if task is None else _with_prompt(program, task, form)
     found = verdicts(program, folded, chosen, accuracy_level, portable)
     run = tokenizer = None
@@ -130,15 +130,15 @@ def _run(job: Job, asked: dict[str, Any], progress: Progress) -> tuple[dict[str,
     from tpvc.compiler.plan.memory import quantising
     from tpvc.compiler.plan.probe import probe, seconds
     from tpvc.compiler.program import linears
+    from tpvc.passes.flexround import held_out
 
-    method, activations, head_bits = (asked["job"][key] for key in ("method", "activations", "head_bits"))
     nsamples = job.nsamples
 
     def peak(sampled: int):
-        return quantising(job, method, nsamples, head_bits, sampled, asked["seed"], asked["device"])
+        return quantising(job, sampled, asked["seed"], asked["device"])
 
     progress("plan", 1, 3, "memory")
-    looks = calibrated(method, activations, job.avg_bits)
+    looks = calibrated(job.method, asked["job"]["activations"], job.avg_bits)
     sampled = nsamples if looks and asked["dataset"] == "self" else 0
     most, left = peak(sampled), available()
     progress("plan", 2, 3, "a probe of a few seconds")
@@ -150,9 +150,9 @@ def _run(job: Job, asked: dict[str, Any], progress: Progress) -> tuple[dict[str,
         sum(prod(shapes[n.params["weight"]].shape) for n in linears(nodes))
         for nodes in ((n for n in job.program.nodes if n.block is not None), job.program.epilogue)
     )
-    learned = nsamples if method == "flexround" else 0
-    held = min(job.recipe.held_out, learned // 8)
-    rounded = outside if head_bits != 16 else 0
+    learned = nsamples if job.method == "flexround" else 0
+    held = held_out(job.recipe, learned)
+    rounded = outside if job.head_bits != 16 else 0
     mapped = job.source.source.gguf
     return {
         "host_bytes": found.resident + most.host + (mapped.stat().st_size if mapped else 0),

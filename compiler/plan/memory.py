@@ -58,9 +58,7 @@ class Nowhere:
         return {name: imagine(Lazy(q.shape, q.scale_dtype, q.dequantize, q.grid)) for name, q in params.items()}
 
 
-def quantising(
-    job: Job, method: str, nsamples: int, head_bits: int, sampled: int, seed: int = 0, device: str = "cpu"
-) -> Peak:
+def quantising(job: Job, sampled: int, seed: int = 0, device: str = "cpu") -> Peak:
     """The most that a run holds; sampled: windows that the model writes itself."""
     with imagined() as counter, torch.no_grad():
         program = without_weights(job.source)
@@ -70,7 +68,7 @@ def quantising(
             read(parameter)
         if sampled:
             _sample(program, sampled, job.seqlen)
-        _round(program, job, method, nsamples, head_bits, seed, device)
+        _round(program, job, seed, device)
         return _peak(counter)
 
 
@@ -78,14 +76,14 @@ def _peak(counter: Counter) -> Peak:
     return Peak(counter.host.peak, counter.device.peak)
 
 
-def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: int, seed: int, device: str) -> None:
-    dtype, store, few = scale_dtype(job.source), Nowhere(), cut(program)
+def _round(program: Program, job: Job, seed: int, device: str) -> None:
+    dtype, store, few, nsamples = scale_dtype(job.source), Nowhere(), cut(program), job.nsamples
     if job.avg_bits is not None:
-        _measure(few, program.blocks - few.blocks, job, method, nsamples, seed, device)
+        _measure(few, program.blocks - few.blocks, job, seed, device)
     if job.eased:
-        few = _ease(few, program.blocks - few.blocks, job, nsamples, seed, device)
-    if method == "flexround":
-        windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
+        few = _ease(few, program.blocks - few.blocks, job, seed, device)
+    if job.method == "flexround":
+        windows = torch.zeros(job.nsamples, job.seqlen, dtype=torch.int64)
         recipe = replace(job.recipe, steps=min(2, job.recipe.steps))  # the second one has the state of the first
         rounded = FlexRound(job.grid, recipe, windows, store, seed, dtype, device)(few)
         if recipe.rounds:
@@ -98,15 +96,15 @@ def _round(program: Program, job: Job, method: str, nsamples: int, head_bits: in
             TuneScales(*how, windows, store, Nowhere(), seed, device)(rounded)
     else:
         RoundToNearest(job.grid, store, scale_dtype=dtype)(few)
-    if head_bits != 16:
-        RoundToNearest(Grid(head_bits, -1, True), store, "epilogue", dtype)(few)
+    if job.head_bits != 16:
+        RoundToNearest(Grid(job.head_bits, -1, True), store, "epilogue", dtype)(few)
 
 
-def _measure(program: Program, more: int, job: Job, method: str, nsamples: int, seed: int, device: str) -> None:
+def _measure(program: Program, more: int, job: Job, seed: int, device: str) -> None:
     """What widths cost, with what enters as many more blocks."""
-    windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
-    searched, store = method == "flexround" and job.recipe.searched, Nowhere()
-    seen = min(nsamples, looked_at(program)), min(job.seqlen, length(program)), program.facts.hidden_size
+    windows = torch.zeros(job.nsamples, job.seqlen, dtype=torch.int64)
+    searched, store = job.method == "flexround" and job.recipe.searched, Nowhere()
+    seen = min(job.nsamples, looked_at(program)), min(job.seqlen, length(program)), program.facts.hidden_size
     _others = [torch.empty(seen) for _ in range(more)]
     groups = [g for g in job.fused if g.block < program.blocks]
     MeasureDamage(job.grid, searched, windows, store, seed, scale_dtype(job.source), device).measure(
@@ -114,10 +112,10 @@ def _measure(program: Program, more: int, job: Job, method: str, nsamples: int, 
     )
 
 
-def _ease(program: Program, more: int, job: Job, nsamples: int, seed: int, device: str) -> Program:
+def _ease(program: Program, more: int, job: Job, seed: int, device: str) -> Program:
     """Factors and grids of activations, with what enters as many more blocks or the gradients at their ends."""
-    windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
-    shape = min(nsamples, looked_at(program)), job.seqlen, program.facts.hidden_size
+    windows = torch.zeros(job.nsamples, job.seqlen, dtype=torch.int64)
+    shape = min(job.nsamples, looked_at(program)), job.seqlen, program.facts.hidden_size
     _others = [torch.empty(shape) for _ in range(more)]
     ease = EaseInputs(windows, job.grid, Nowhere(), scale_dtype(job.source), seed, device)
     return eased(program, *kept(program, ease.choices(program)))

@@ -10,7 +10,7 @@ from tpvc.compiler.program import Grid, Grids, Lazy, Program, grid_for, linears
 from tpvc.passes.spend_bits import grids, spend
 
 
-def outcome(job: Job, head_bits: int) -> Program:
+def outcome(job: Job) -> Program:
     """Its parameters can be read where tensors are imagined."""
     stored = without_weights(job.source).params
     kept = {name: stored.get(name, value) for name, value in job.program.params.items()}
@@ -22,8 +22,8 @@ def outcome(job: Job, head_bits: int) -> Program:
     own = imagined_grids(job)
     inside = linears(n for n in job.program.nodes if n.block is not None)
     made = {n.params["weight"]: rounded(n.params["weight"], grid_for(own, n.params["weight"])) for n in inside}
-    if head_bits != 16:
-        head = Grid(head_bits, -1, True)
+    if job.head_bits != 16:
+        head = Grid(job.head_bits, -1, True)
         made |= {n.params["weight"]: rounded(n.params["weight"], head) for n in linears(job.program.epilogue)}
     return replace(job.program, params={**kept, **made})
 

@@ -253,7 +253,7 @@ def test_what_is_refused_leaves_nothing(refused, tiny_llama, llama, artefact, ow
     flat.rotations["model.layers.1.mlp.up_proj"].alpha[5] = 1e8
     half = copy_of(torch.float16)
     said = no("merge", half, "--road", written(flat, half, "huge"))
-    assert "'model.layers.1.mlp.up_proj.weight' does not fit float16" in said
+    assert "'model.layers.1.mlp.up_proj.weight' has numbers now that float16, its dtype in the checkpoint, does" in said
 
     compose = ("compose", "--base", tiny_llama)
     two = written(road_of(llama, "road_2"), tiny_llama, "two")

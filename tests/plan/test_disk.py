@@ -28,8 +28,7 @@ def both(request, tiny_llama, tmp_path_factory):
     """(the artefact, the program that was planned)."""
     out = tmp_path_factory.mktemp("planned") / "artefact"
     quantize(tiny_llama, out, method="rtn", **request.param)
-    head = request.param.get("head_bits", 8)
-    return out, outcome(prepare(tiny_llama, method="rtn", **request.param), head)
+    return out, outcome(prepare(tiny_llama, method="rtn", **request.param))
 
 
 def test_the_artefact(both):
@@ -85,4 +84,4 @@ def test_an_average_is_met_and_every_width_is_somewhere(tiny_llama, avg_bits):
     widths = [found[g.weights[0]].bits for g in job.fused]
     assert avg_bits - 4 / 6 < average(job.fused, widths) <= avg_bits
     assert len(set(widths)) >= 3
-    assert checkpoint_bytes(outcome(job, 8)) > 0
+    assert checkpoint_bytes(outcome(job)) > 0

@@ -13,7 +13,7 @@ from tpvc.compiler.plan.memory import quantising
 
 def peak(model, method="flexround", nsamples=16, head_bits=8, sampled=0, device="cpu", **options):
     job = prepare(model, method=method, nsamples=nsamples, head_bits=head_bits, steps=2, **options)
-    return quantising(job, method, nsamples, head_bits, sampled, device=device)
+    return quantising(job, sampled, device=device)
 
 
 def test_more_text_is_more_memory(tiny_llama):
@@ -53,6 +53,7 @@ def test_a_device_holds_the_block_and_the_host_the_streams(tiny_llama):
 
 RUN = """
 import json, sys
+from dataclasses import replace
 from torch import manual_seed, randn
 from tpvc.compiler.bench import peak_bytes
 from tpvc.compiler.plan.probe import _random, _resident
@@ -62,7 +63,7 @@ import torch
 job = prepare(sys.argv[1], method="flexround", nsamples=64, steps=2)
 def run(program, n):
     with torch.no_grad():
-        _round(program, job, "flexround", n, 8, 0, "cpu")
+        _round(program, replace(job, nsamples=n), 0, "cpu")
 run(_random(job.program), 8)
 from tpvc.compiler.freed import give_back
 give_back()
