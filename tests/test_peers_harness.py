@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ PEERS = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
 def peers(monkeypatch):
     """{name: module} of the harness, which imports its files by their bare names; these are forgotten afterwards."""
     monkeypatch.syspath_prepend(str(PEERS))
-    names = ("rows", "table", "child")
+    names = ("rows", "table", "child", "environments", "run")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name: importlib.import_module(name) for name in names}
@@ -83,3 +84,20 @@ def test_a_child_is_measured_and_its_failure_told(peers, tmp_path):
     assert not (tmp_path / "work").exists()
     with pytest.raises(peers["child"].Failed, match="ended with 3: this went wrong"):
         run(python, script, {"bytes": 1, "code": 3}, tmp_path / "work", log, 1)
+
+
+def test_a_row_that_was_published_is_not_lost_when_it_cannot_be_made_again(peers, monkeypatch, tmp_path):
+    """Its checkpoint was removed: nothing is to be done; where it is to be checked too, a failure keeps the figures."""
+    run, name = peers["run"], "gptq W3 g64 sym"
+    wanted = [row for row in peers["rows"].rows() if row.name == name]
+    results = {"rows": {name: {"minutes": 1.0, "perplexity": 40.0}}, "failed": {}}
+
+    def fail(*args):
+        raise peers["child"].Failed("out of disk")
+
+    monkeypatch.setattr(run, "make", fail)
+    args = argparse.Namespace(out=tmp_path, cross_check=False)
+    assert run.finish(name, wanted, args, results)
+    args.cross_check = True
+    assert not run.finish(name, wanted, args, results)
+    assert results == {"rows": {name: {"minutes": 1.0, "perplexity": 40.0}}, "failed": {name: "out of disk"}}

@@ -72,7 +72,9 @@ METHODS = (
     Method("tpvc-fast", "tpvc", {"recipe": "fast"}, seeds=SEEDS),
     Method("tpvc-default", "tpvc", {"recipe": "default"}, seeds=SEEDS),
     Method("tpvc-best", "tpvc", {"recipe": "best"}, seeds=SEEDS),
-    Method("tpvc-paper", "tpvc", {"recipe": "paper"}, symmetric=(False,), schemes=("W4 channel", "W3 g64")),
+    Method(
+        "tpvc-paper", "tpvc", {"recipe": "paper"}, symmetric=(False,), seeds=SEEDS, schemes=("W4 channel", "W3 g64")
+    ),
     Method(
         "autoround-rtn",
         "autoround",
