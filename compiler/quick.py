@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -54,6 +55,13 @@ def quick_weight(weight: Tensor) -> Tensor:
     return weight.bfloat16() if has_units(weight.device.type) else weight
 
 
+SHORT = 4
+"""Bits of a weight up to which its own rounding errors are far larger than those of quick products."""
 QUICK: dict[str, Op] = OPS | {"linear": replace(OPS["linear"], compute=quick_linear)}
 """The op table with quick linears and exact attention, which is no quicker in bfloat16 (4 windows of 256 tokens, there
 and back: 33 ms in float32, 37 in bfloat16)."""
+
+
+def ops_for(bits: Iterable[int]) -> Mapping[str, Op]:
+    """The op table to learn with where weights are rounded to so many bits: quick where one of them is SHORT."""
+    return QUICK if min(bits, default=SHORT + 1) <= SHORT else OPS

@@ -48,7 +48,7 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
         pictures.append(("Relative output error of each block", charts.lines(numbers, series)))
     if learned:
         flips = charts.bars(numbers, [b["flips"] for b in blocks], percent_text)
-        pictures.append(("Codes that differ from rounding to nearest", flips))
+        pictures.append(("Codes that are not the nearest on their grid", flips))
     if any(timings):
         first = numbers[: len(timings)] if len(numbers) >= len(timings) else list(range(len(timings)))
         pictures.append(("Time for each block", charts.bars(first, list(timings), units.seconds)))

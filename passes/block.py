@@ -49,11 +49,19 @@ class Block:
         """The block's weights with some of them replaced by what their integers stand for."""
         return {**self.weights, **{name: q.dequantize().to(self.device) for name, q in rounded.items()}}
 
-    def outputs(self, x: Tensor, weights: dict[str, Tensor], ids: Tensor, ops: Mapping[str, Op] = OPS) -> Tensor:
-        """The same over a whole stream, a few windows at a time; the result lies in host memory."""
-        made = torch.empty_like(x)
-        for into, part, own in zip(made.split(AT_ONCE), x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
-            into.copy_(self.output(part, weights, own, ops=ops))
+    def outputs(
+        self,
+        x: Tensor,
+        weights: dict[str, Tensor],
+        ids: Tensor,
+        ops: Mapping[str, Op] = OPS,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """The same over a whole stream, a few windows at a time; the result lies in host memory, in `into` where that
+        is given, which may be `x`."""
+        made = torch.empty_like(x) if into is None else into
+        for place, part, own in zip(made.split(AT_ONCE), x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
+            place.copy_(self.output(part, weights, own, ops=ops))
         return made
 
     def importance(self, x: Tensor, ids: Tensor, windows: int, ranks: Ranks) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Grids, Node, Program, QTensor, grid_of, linears
+from tpvc.passes.grid import on_grid, span_of
 
 
 def check_grid(grids: Grids, program: Program, nodes: tuple[Node, ...]) -> None:
@@ -40,8 +42,12 @@ def check_float(program: Program, nodes: tuple[Node, ...]) -> None:
             )
 
 
-def linear_record(node: Node, value: QTensor, nearest: QTensor) -> dict:
-    """What the manifest says about one linear; flips: the share of codes that differ from round-to-nearest's."""
+def linear_record(node: Node, value: QTensor, weight: Tensor | None = None) -> dict:
+    """What the manifest says about one linear; flips: the share of codes that are not those nearest to `weight`
+    [out, in] on the grid they lie on. Without it they are."""
+    nearest = value
+    if weight is not None:
+        nearest = on_grid(weight, span_of(value, weight.device), value.grid, value.scale_dtype)
     flips = int(torch.count_nonzero(value.codes != nearest.codes)) / value.codes.numel()
     return {
         "name": node.name,

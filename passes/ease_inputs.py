@@ -30,7 +30,7 @@ from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import SharedStore
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
-from tpvc.passes.grid import min_max, on_grid
+from tpvc.passes.grid import to_nearest
 from tpvc.passes.migrate import Place, moved, places_of
 from tpvc.passes.sensitivity import Felt, cost, feel, looked_at, output_gradients
 
@@ -141,7 +141,7 @@ class EaseInputs:
     def _rounded(self, x: Tensor, name: str, weight: Tensor, squares: Tensor, s: Tensor) -> float:
         """Nats per token of rounding weight * s to nearest."""
         scaled, grid = weight * s, grid_for(self.grid, name)
-        rounded = on_grid(scaled, min_max(scaled, grid, self.scale_dtype), grid, self.scale_dtype)
+        rounded = to_nearest(scaled, grid, self.scale_dtype)
         return cost(x @ (rounded.dequantize().to(x.device) / s - weight).T, squares)
 
 

@@ -15,7 +15,7 @@ One block at a time, all its linears jointly:
 as the norms behind the block show the difference (seen_error.py; recipe paper: as it is), with the input from the
 already rounded prefix and the target from the float prefix; Adam, cosine decay to 0, a straight-through gradient for
 rounding. What is kept is the best of the learned, the starting and the nearest codes on calibration windows that no
-step has seen.
+step has seen (recipe paper, and fewer than 8 windows: on the first few).
 
 Where adapters stand beside the weights (`rotate` nodes), every window belongs to the base or to one of them, and runs
 with its vectors through all blocks; a step therefore sees a drawn few of them, and one integer base serves them all.
@@ -40,10 +40,9 @@ from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.freed import give_back
-from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import Grid, Grids, Program, QTensor, grid_for, linears
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.quick import QUICK
+from tpvc.compiler.quick import ops_for
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import ALONE, Ranks, SharedStore
 from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
@@ -172,17 +171,18 @@ class FlexRound:
 
     @torch.no_grad()
     def _fit(self, program: Program, index: int, exact: Tensor, rounded: Tensor, ids: Tensor) -> Fit:
-        """Learn the rounding of one block and move both streams, of which this process has its share, through it."""
+        """Learn the rounding of one block and move both streams, of which this process has its share, through it: they
+        are overwritten, where the first block does not have one for both."""
         dtype, share, own = self.scale_dtype, self.share, ids[self.share.own]
         block = Block(program, index, self.device)
         nodes = linears(block.nodes)
         weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
         grid = {name: grid_for(self.grid, name) for name in weights}
-        target = block.outputs(exact, block.weights, own, EXACT)
+        target = block.outputs(exact, block.weights, own, EXACT, into=None if exact is rounded else exact)
         _check_finite(program, index, target, own)
 
-        nearest = {name: min_max(w, grid[name], dtype) for name, w in weights.items()}
-        start = nearest
+        start = {name: min_max(w, grid[name], dtype) for name, w in weights.items()}
+        nearest = {n: on_grid(w, start[n], grid[n], dtype) for n, w in weights.items()}
         if self.recipe.searched:
             first = min(max(IMPORTANCE_WINDOWS, len(program.adapters) + 1), self._training)
             few = slice(0, share.among(first))
@@ -191,7 +191,7 @@ class FlexRound:
         seen = self.seen(program, index)
         factors = {n: self.factors(w, start[n], grid[n], index) for n, w in weights.items()}
         candidates = {
-            "nearest": {n: on_grid(w, nearest[n], grid[n], dtype) for n, w in weights.items()},
+            "nearest": nearest,
             "searched": {n: on_grid(w, start[n], grid[n], dtype) for n, w in weights.items()},
         }
         give_back()
@@ -210,7 +210,6 @@ class FlexRound:
         errors = dict(zip(candidates, found, strict=True))
         kept = min(errors, key=lambda kind: errors[kind])
         params = candidates[kept]
-        rtn = candidates["nearest"]
         record = {
             "block": index,
             "error_rtn": errors["nearest"],
@@ -219,9 +218,9 @@ class FlexRound:
             "kept": kept,
             "steps": self.recipe.steps,
             "curve": curve,
-            "linears": [linear_record(n, params[n.params["weight"]], rtn[n.params["weight"]]) for n in nodes],
+            "linears": [linear_record(n, params[n.params["weight"]], weights[n.params["weight"]]) for n in nodes],
         }
-        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), own))
+        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), own, into=rounded))
 
     def seen(self, program: Program, index: int) -> Seen:
         """How errors of block `index` count."""
@@ -273,7 +272,7 @@ class FlexRound:
         power /= training * target[0].numel()
         order: list[int] = []
         curve = []
-        ops = QUICK if min(bits.values()) <= 4 else OPS
+        ops = ops_for(bits.values())
         for step in range(recipe.steps):
             if len(order) < recipe.batch:
                 order = torch.randperm(training, generator=draw).tolist()
@@ -296,7 +295,7 @@ class FlexRound:
 
 def _check_finite(program: Program, index: int, target: Tensor, ids: Tensor) -> None:
     """Refuse float outputs [n, L, D] of a block that are not finite, and say under which adapters."""
-    whole = target.flatten(1).isfinite().all(1)
+    whole = torch.cat([part.flatten(1).isfinite().all(1) for part in target.split(AT_ONCE)])
     if not whole.all():
         spoiled = ids[~whole].unique().tolist()
         owners = ", ".join(program.adapters[i].name if i >= 0 else "the base" for i in spoiled)

@@ -82,3 +82,14 @@ def qtensor(shape: tuple[int, int], relative: Tensor, span: Range, grid: Grid, d
 def on_grid(weight: Tensor, span: Range, grid: Grid, dtype: torch.dtype) -> QTensor:
     """The nearest codes of a float32 weight [out, in] on a given grid."""
     return qtensor(tuple(weight.shape), codes(weight, span, grid), span, grid, dtype)
+
+
+def to_nearest(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> QTensor:
+    """Round-to-nearest of a float32 weight [out, in], on the grid from its extremes."""
+    return on_grid(weight, min_max(weight, grid, dtype), grid, dtype)
+
+
+def span_of(value: QTensor, device: torch.device) -> Range:
+    """The grid that a QTensor's codes lie on."""
+    zero = torch.full_like(value.scale, 2 ** (value.grid.bits - 1)) if value.zero is None else value.zero.float()
+    return Range(value.scale.unsqueeze(-1).to(device), zero.unsqueeze(-1).to(device))

@@ -31,7 +31,7 @@ from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import ALONE, SharedStore
 from tpvc.passes.block import EXACT, Block, behind_prompts, embedded, spread
 from tpvc.passes.checks import check_float
-from tpvc.passes.grid import min_max, on_grid
+from tpvc.passes.grid import on_grid, to_nearest
 from tpvc.passes.grid_search import search
 from tpvc.passes.sensitivity import backwards, logit_gradients, looked_at
 from tpvc.passes.spend_bits import Fused
@@ -94,17 +94,19 @@ class MeasureDamage:
         for index in reversed(range(unfinished)):
             self.progress("measure bits", program.blocks - 1 - index, program.blocks, f"block {index}")
             give_back()
-            entering.pop()
-            block, x = Block(program, index, self.device), entering[-1]
-            told = self._damages(block, x, ids, gradients, [g for g in groups if g.block == index])
+            exact, x = entering.pop(), entering[-1]
+            block = Block(program, index, self.device)
+            told = self._damages(block, x, exact, ids, gradients, [g for g in groups if g.block == index])
             if index:
                 gradients = backwards(block, x, ids, gradients, FLOAT)
             self.store.save(index, {}, {"block": index, "groups": told}, {"gradients": gradients})
         self.progress("measure bits", program.blocks, program.blocks, "")
 
-    def _damages(self, block: Block, x: Tensor, ids: Tensor, gradients: Tensor, groups: list[Fused]) -> list[dict]:
-        """[{"names", "damages": {width: nats a token}}, ...] of the groups of a block."""
-        exact = block.outputs(x, block.weights, ids, FLOAT)
+    def _damages(
+        self, block: Block, x: Tensor, exact: Tensor, ids: Tensor, gradients: Tensor, groups: list[Fused]
+    ) -> list[dict]:
+        """[{"names", "damages": {width: nats a token}}, ...] of the groups of a block, from what enters it and what
+        leaves it in float."""
         importance = block.importance(x, ids, len(x), ALONE) if self.searched else {}
         told = []
         for group in groups:
@@ -124,7 +126,7 @@ class MeasureDamage:
     def _rounded(self, weight: Tensor, importance: Tensor | None, bits: int) -> QTensor:
         grid = replace(self.grid, bits=bits)
         if importance is None:
-            return on_grid(weight, min_max(weight, grid, self.scale_dtype), grid, self.scale_dtype)
+            return to_nearest(weight, grid, self.scale_dtype)
         return on_grid(weight, search(weight, importance, grid, self.scale_dtype), grid, self.scale_dtype)
 
 

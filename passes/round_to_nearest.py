@@ -12,7 +12,7 @@ from tpvc.compiler.program import Grid, Grids, Node, Program, QTensor, grid_for,
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.store import BlockStore
 from tpvc.passes.checks import check_float, check_grid, linear_record
-from tpvc.passes.grid import min_max, on_grid
+from tpvc.passes.grid import to_nearest
 
 ROWS_AT_ONCE = 1 << 20
 """Weights rounded at a time when rows are independent: bounds the working memory of a large head."""
@@ -25,7 +25,7 @@ def quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> 
     scales, zeros = [], []
     for into, chunk in zip(codes.split(rows), weight.split(rows), strict=True):
         chunk = chunk.float()
-        part = on_grid(chunk, min_max(chunk, grid, dtype), grid, dtype)
+        part = to_nearest(chunk, grid, dtype)
         into.copy_(part.codes)
         scales.append(part.scale)
         zeros.append(part.zero)
@@ -64,9 +64,7 @@ class RoundToNearest:
                 for node in linears(nodes):
                     name = node.params["weight"]
                     rounded[name] = quantize(read(program.params[name]), grid_for(self.grid, name), self.scale_dtype)
-                notes = [
-                    linear_record(n, rounded[n.params["weight"]], rounded[n.params["weight"]]) for n in linears(nodes)
-                ]
+                notes = [linear_record(n, rounded[n.params["weight"]]) for n in linears(nodes)]
                 params = self.store.save(index, rounded, {"block": index, "linears": notes}, None)
             else:
                 params = finished[0]

@@ -17,21 +17,23 @@ activations between blocks of one batch, and the weights of one block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tpvc.compiler import interpret
-from tpvc.compiler.ops import OPS, Op
-from tpvc.compiler.program import NORMS, Program, QTensor, dense, linears, read
+from tpvc.compiler.ops import Op
+from tpvc.compiler.program import NORMS, Program, QTensor, dense, grid_of, linears, read
 from tpvc.compiler.progress import Progress, silent
-from tpvc.compiler.quick import QUICK, quick_weight
+from tpvc.compiler.quick import QUICK, ops_for, quick_weight
 from tpvc.compiler.store import BlockStore
-from tpvc.compiler.tuning.loop import Schedule, descend
+from tpvc.compiler.tuning.loop import Diverged, Schedule, descend
 from tpvc.compiler.tuning.parallel import ALONE, Ranks, SharedStore
 from tpvc.compiler.verify import ports
 from tpvc.passes.block import behind_prompts, embedded, full_windows, spread
@@ -84,17 +86,16 @@ class TuneScales:
     @torch.enable_grad()
     def __call__(self, program: Program) -> Program:
         model = Tunable.of(program, self.device)
-        short = any(isinstance(v, QTensor) and v.grid.bits <= 4 for v in model.values.values())
-        ops = QUICK if short else OPS
         data = Streams(program, self.windows, self.blocks, self.ranks)
 
         def step(optimizer: torch.optim.Optimizer, indices: list[int], number: int) -> list[float]:
             own = [self.ranks.own(rows) for rows in data.rows(indices)]
-            loss = model.divergence(*own, ops) * (len(own[0]) / len(indices))
+            loss = model.divergence(*own) * (len(own[0]) / len(indices))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.ranks.whole(loss, model.factors.values())
-            optimizer.step()
+            if math.isfinite(loss.item()):
+                optimizer.step()
             return [loss.item()]
 
         @torch.no_grad()
@@ -102,25 +103,29 @@ class TuneScales:
             held = torch.arange(self._training, len(self.windows)).split(self.batch)
 
             def divergence(first: Tensor, last: Tensor, ids: Tensor) -> float:
-                return float(model.divergence(first, last, ids, ops)) * len(ids)
+                return float(model.divergence(first, last, ids)) * len(ids)
 
             parts = [partial(divergence, *data.rows(part.tolist())) for part in held]
             return [sum(self.ranks.each(parts)) / self.held_out]
 
         lengths = [1] * self._training
         judge = validate if self.held_out else None
-        tuned = descend(
-            model.factors, lengths, step, judge, self.schedule, self.store, stage="tune scales", progress=self.progress
-        )
+        how = self.schedule, self.store
+        try:
+            tuned = descend(model.factors, lengths, step, judge, *how, stage="tune scales", progress=self.progress)
+        except Diverged as diverged:  # the best until then, and be it the start
+            tuned = diverged.tuned
         with torch.no_grad():
             for name, best in tuned.best.items():
                 model.factors[name].copy_(best)
         return program.with_params(model.tuned())
 
     def checks(self) -> list[list[float]]:
-        """[[step, KL on the held-out windows in nats a token], ...] of a finished run."""
-        units = -(-self.schedule.steps // self.schedule.stretch)
-        return self.store.finished(units)[1]["checks"]
+        """[[step, KL on the held-out windows in nats a token], ...] of a run, as far as it went."""
+        unit, checks = 0, []
+        while (found := self.store.finished(unit)) is not None:
+            unit, checks = unit + 1, found[1]["checks"]
+        return checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,12 +166,14 @@ class Tunable:
     values   every parameter behind the embeddings
     factors  {parameter: t}, float32 of the shape of the scale, or of the norm's weight
     offset   {norm weight: 1} where the norm multiplies by weight + 1, else 0
+    ops      the op table of every block, and of what follows the last
     """
 
     program: Program
     values: Mapping[str, Tensor | QTensor]
     factors: Mapping[str, Tensor]
     offset: Mapping[str, float]
+    ops: Sequence[Mapping[str, Op]]
 
     @staticmethod
     def of(program: Program, device: str) -> Tunable:
@@ -181,9 +188,14 @@ class Tunable:
                 elif node.op in NORMS and role == "weight":
                     factors[name] = torch.zeros_like(value, dtype=torch.float32, requires_grad=True)
                     offset[name] = float(bool(node.attrs.get("plus_one")))
-        return Tunable(program, values, factors, offset)
+        widths = [
+            [grid.bits for n in linears(program.block(i)) if (grid := grid_of(values[n.params["weight"]])) is not None]
+            for i in range(program.blocks)
+        ]
+        ops = [*(ops_for(bits) for bits in widths), ops_for(chain.from_iterable(widths))]
+        return Tunable(program, values, factors, offset, ops)
 
-    def divergence(self, first: Tensor, exact: Tensor, ids: Tensor, ops: Mapping[str, Op] = OPS) -> Tensor:
+    def divergence(self, first: Tensor, exact: Tensor, ids: Tensor) -> Tensor:
         """Mean over the tokens of some windows of KL(float || rounded), nats; differentiable in the factors.
 
         first, exact  float32 [b, L, D]: what enters the first block, and what leaves the last one in float
@@ -193,18 +205,16 @@ class Tunable:
 
         def block(x: Tensor, index: int) -> Tensor:
             values = _values(x, ids) | {ports(program, index)[0]: x}
-            return interpret.run(program.block(index), values, self.weight, ops=ops)
+            return interpret.run(program.block(index), values, self.weight, ops=self.ops[index])
 
         x, exact = first.to(self.device), exact.to(self.device)
         for index in range(program.blocks):
             x = checkpoint(block, x, index, use_reentrant=False)
-        head = self._head(ops)
+        head = self._head()
         windows = zip(exact.split(1), x.split(1), ids.split(1), strict=True)  # logits of one window at a time
-        return sum(self._of_logits(*one, head, ops) for one in windows) / x[..., 0].numel()
+        return sum(self._of_logits(*one, head) for one in windows) / x[..., 0].numel()
 
-    def _of_logits(
-        self, exact: Tensor, rounded: Tensor, ids: Tensor, head: Mapping[str, Tensor], ops: Mapping[str, Op]
-    ) -> Tensor:
+    def _of_logits(self, exact: Tensor, rounded: Tensor, ids: Tensor, head: Mapping[str, Tensor]) -> Tensor:
         """The divergence, summed over tokens, of what leaves the last block in float and rounded, float32 [1, L, D]."""
         last = self.program.epilogue[0].inputs[0]
 
@@ -212,7 +222,7 @@ class Tunable:
             def ready(name: str) -> Tensor:
                 return head[name] if name in head else weight(name)
 
-            return interpret.run(self.program.epilogue, _values(x, ids) | {last: x}, ready, ops=ops)
+            return interpret.run(self.program.epilogue, _values(x, ids) | {last: x}, ready, ops=self.ops[-1])
 
         with torch.no_grad():
             wanted = logits(exact, self.original)
@@ -233,11 +243,11 @@ class Tunable:
     def device(self) -> torch.device:
         return next(iter(self.factors.values())).device
 
-    def _head(self, ops: Mapping[str, Op]) -> dict[str, Tensor]:
+    def _head(self) -> dict[str, Tensor]:
         """What the linears behind the last block multiply by, {name: weight}, made once for all windows of a step."""
         held = {n.params["weight"] for n in linears(self.program.epilogue)}
         weights = {name: self.original(name) for name in held}
-        return {name: quick_weight(w) for name, w in weights.items()} if ops is QUICK else weights
+        return {name: quick_weight(w) for name, w in weights.items()} if self.ops[-1] is QUICK else weights
 
     def original(self, name: str) -> Tensor:
         """The parameter without its factor, float32."""

@@ -188,7 +188,7 @@ def _measuring(made: Any, learned: bool, number: float, seed: int, device: str) 
     weights = [block.weights[w] for g in groups for w in g.weights]
     rounding = _searching(made, weights, dtype) if searched else number * sum(w.numel() for w in weights)
     head = _head(program, x[:1, :few], ids[:1], DRAWS, FLOAT, device) * windows * tokens / few
-    passes = 4 + len(groups) * len(tried) + DRAWS  # forwards, exact, importance, for the gradients; variants; gradients
+    passes = 3 + len(groups) * len(tried) + DRAWS  # forwards, importance, for the gradients; variants; gradients
     return head + made.program.blocks * (passes * once + len(tried) * rounding)
 
 
@@ -225,10 +225,8 @@ def _closing(made: Any, nsamples: int, device: str) -> float:
     """Seconds of the closing step: what one step takes with one block and with two says what it takes with all."""
     import torch
 
-    from tpvc.compiler.ops import OPS
     from tpvc.compiler.plan.memory import cut
     from tpvc.compiler.program import linears
-    from tpvc.compiler.quick import QUICK
     from tpvc.passes.block import spread
     from tpvc.passes.flexround import held_out
     from tpvc.passes.round_to_nearest import quantize
@@ -238,12 +236,12 @@ def _closing(made: Any, nsamples: int, device: str) -> float:
     names = [n.params["weight"] for n in linears(n for n in program.nodes if n.block is not None)]
     program = program.with_params({n: quantize(program.params[n].read(), made.grid) for n in names})
     x = torch.randn(recipe.batch, made.seqlen, program.facts.hidden_size)
-    ids, ops = spread(len(x), len(program.adapters)), QUICK if made.grid.bits <= 4 else OPS
+    ids = spread(len(x), len(program.adapters))
 
     def step(blocks: int) -> float:
         model = Tunable.of(cut(program, blocks), device)
         with torch.enable_grad():
-            return _seconds(lambda: model.divergence(x, x, ids, ops).backward())
+            return _seconds(lambda: model.divergence(x, x, ids).backward())
 
     one = step(1)
     whole = one + (made.program.blocks - 1) * max(0.0, step(2) - one)

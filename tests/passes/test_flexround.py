@@ -57,9 +57,19 @@ def test_learning_strictly_improves_every_block(program, tmp_path, grid):
     found = records(tmp_path, program)
     for record in found:
         assert record["error"] < record["error_rtn"]
-        assert any(linear["flips"] > 0 for linear in record["linears"])
+        assert record["kept"] != "learned" or any(linear["flips"] > 0 for linear in record["linears"])
+    assert "learned" in {record["kept"] for record in found}
     assert sum(r["error"] for r in found) < sum(r["error_start"] for r in found)
     assert all(q.grid == grid and int(q.codes.max()) < 2**grid.bits for q in integers(rounded).values())
+
+
+@pytest.mark.parametrize("grid", [GRID, Grid(4, -1, False), Grid(4, 0, True), Grid(2, 16, True)], ids=str)
+def test_the_search_of_the_grid_flips_no_code(program, tmp_path, grid):
+    """What is counted is what learning does on the grid it ends on, and that may have another sign."""
+    flex(tmp_path, grid=grid, recipe=replace(RECIPE, steps=0))(program)
+    found = records(tmp_path, program)
+    assert any(record["kept"] == "searched" for record in found)
+    assert {linear["flips"] for record in found for linear in record["linears"]} == {0.0}
 
 
 def test_no_steps_and_no_search_is_round_to_nearest(program, tmp_path):
