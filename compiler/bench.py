@@ -195,7 +195,7 @@ def _work(target: str, device: str, threads: int, prompt_tokens: int, new_tokens
                 f"{target}: {prompt_tokens} prompt and {new_tokens} new tokens do not fit its context of "
                 f"{engine.context_length}; lower --prompt-tokens or --new-tokens"
             )
-        once(engine, prompt_tokens, 4)
+        once(engine, prompt_tokens, min(4, new_tokens))
     except TpvcError as error:
         return send(error=str(error))
     send(engine=engine.label, size=engine.size, load=load)

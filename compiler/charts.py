@@ -17,8 +17,9 @@ Value = float | None
 
 
 def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]], unit: str = "block") -> str:
-    """Values above 0 per block (or another unit) on a logarithmic axis, at most two series; None and 0 are gaps."""
-    shown = [v for _, values in series for v in values if v and math.isfinite(v)]
+    """Values above 0 per block (or another unit) on a logarithmic axis, at most two series; None, 0 and what is not
+    finite are gaps."""
+    shown = [v for _, values in series for v in values if _drawn(v)]
     if not shown:
         return ""
     low, high = _decades(min(shown), max(shown))
@@ -29,7 +30,7 @@ def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]], 
 
     parts = [_rule(y(tick), _plain(tick)) for tick in _ticks(low, high)] + _numbers(blocks, x)
     for (name, values), colour in zip(series, COLOURS, strict=False):
-        points = [(x(i), y(v), b, v) for i, (b, v) in enumerate(zip(blocks, values, strict=True)) if v]
+        points = [(x(i), y(v), b, v) for i, (b, v) in enumerate(zip(blocks, values, strict=True)) if _drawn(v)]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts += [
@@ -42,6 +43,10 @@ def lines(blocks: Sequence[int], series: Sequence[tuple[str, Sequence[Value]]], 
         for (name, _), colour in zip(series, COLOURS, strict=False)
     )
     return f'<p class="legend">{legend}</p>' + _svg(parts, WIDTH, HEIGHT)
+
+
+def _drawn(value: Value) -> bool:
+    return bool(value) and math.isfinite(value)
 
 
 def bars(blocks: Sequence[int], values: Sequence[Value], text: Callable[[Value], str], unit: str = "block") -> str:

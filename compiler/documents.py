@@ -109,7 +109,7 @@ def _plain(path: Path, chat: Chat) -> Documents:
 
 def _jsonl(path: Path, chat: Chat) -> Documents:
     def texts() -> Iterator[str]:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 try:

@@ -73,9 +73,9 @@ class Predictor:
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 text file; TpvcError when it is missing or not UTF-8."""
+    """A UTF-8 text file, without a byte order mark; TpvcError when it is missing or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise TpvcError(f"{path} cannot be read ({error.strerror}); expected a text file") from error
     except UnicodeDecodeError as error:

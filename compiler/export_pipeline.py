@@ -25,6 +25,27 @@ from tpvc.kernels.targets import parse
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.reorder import check_order
 
+
+def check_wishes(
+    to: str | None, portable: bool, accuracy_level: int | None, task: str | None, form: str, targets: str
+) -> None:
+    """Refuse what a runtime's folder cannot have, before anything is read. to: None: of all of them."""
+    if to is not None and to not in EXPORTS:
+        raise TpvcError(f"export target is '{to}'; expected one of {', '.join(EXPORTS)}")
+    if targets and to not in (None, "triton"):
+        raise TpvcError(f"found '{targets}' as --target of a {to} folder; triton takes GPUs by name, others none")
+    if portable and to not in (None, "onnx"):
+        raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
+    if accuracy_level is not None and to not in (None, "onnx"):
+        raise TpvcError(f"accuracy level {accuracy_level} was asked of a {to} folder; only onnx has one")
+    if targets:
+        parse(targets)  # an unknown one is refused
+    if task is not None and to not in (None, "onnx"):
+        raise TpvcError(f"a prompt was to be folded into a {to} folder; only onnx has a graph that can hold it")
+    if task is None and form != "kv":
+        raise TpvcError(f"the form '{form}' was named without a prompt to fold; name one with --task, or no form")
+
+
 CHECKPOINTS = ("vllm", "gptq", "gptq_v2", "awq")
 EXPORTS = ("onnx", "triton", *CHECKPOINTS)
 """What `export` writes, and which of it are checkpoints."""
@@ -61,23 +82,12 @@ def export(
     task, form      one of the prompts to be folded in, so that the caller feeds text alone: see tpvc.passes.fold_prompt
     """
     out = Path(out)
-    if to not in EXPORTS:
-        raise TpvcError(f"export target is '{to}'; expected one of {', '.join(EXPORTS)}")
-    if (to == "triton") != bool(targets):
-        raise TpvcError(f"found '{targets}' as --target of a {to} folder; triton takes GPUs by name, others none")
+    check_wishes(to, portable, accuracy_level, task, form, targets)
+    if to == "triton" and not targets:
+        raise TpvcError("found no --target of a triton folder; expected GPUs by name, such as cuda:80,hip:gfx942")
     if cache is not None and (to != "triton" or cache != "int8"):
         raise TpvcError(f"a cache of '{cache}' was asked of a {to} folder; only triton has one of int8")
-    if portable and to != "onnx":
-        raise TpvcError(f"a portable twin was asked for beside a {to} folder; only onnx has one")
-    if accuracy_level is not None and to != "onnx":
-        raise TpvcError(f"accuracy level {accuracy_level} was asked of a {to} folder; only onnx has one")
     accuracy_level = 4 if accuracy_level is None else accuracy_level
-    if to == "triton":
-        parse(targets)  # an unknown one is refused before anything is read
-    if task is not None and to != "onnx":
-        raise TpvcError(f"a prompt was to be folded into a {to} folder; only onnx has a graph that can hold it")
-    if task is None and form != "kv":
-        raise TpvcError(f"the form '{form}' was named without a prompt to fold; name one with --task, or no form")
     for given in (artefact, *(roads or {}).values(), *(prompts or {}).values()):
         check_apart(out, given)
     check_free(out, overwrite)

@@ -73,7 +73,7 @@ def importance(
     train, targets, rank   what domain phases will train: see tpvc.compiler.tuning.space; rank None: 8
     coefficients  of layers: "normalised", or the paper's "raw"
 
-    An interrupted run goes on when the same call is made again.
+    An interrupted run goes on when the same call is made again; one of "fisher" begins again.
     """
     out = Path(out)
     given = [str(d) for d in ([data] if isinstance(data, str | Path) else data)]

@@ -47,6 +47,8 @@ def _check_place(out: Path, place: Path) -> None:
             what = place if place.is_symlink() else parent
             raise TpvcError(f"'{what}' is not a directory that can be written to; choose another output directory")
         return
+    if place.is_symlink():
+        raise TpvcError(f"output '{out}' is a link to '{place.resolve()}'; name the directory itself, or another one")
     if not place.is_dir():
         raise TpvcError(f"output '{out}' is a file; expected a directory that is new, empty or made by tpvc")
     if not any(place.iterdir()):

@@ -2,7 +2,8 @@
 
 vLLM (--enable-prompt-embeds) has no adapter for soft prompts, but its completions accept the vectors of a whole prompt
 in place of its tokens: [T, D] in the model's dtype, as torch.save writes it, in base64. They are the soft prompt's
-values and the embeddings of the text's tokens, special tokens and chat template included.
+values and the embeddings of the text's tokens, special tokens and chat template included. Where vLLM multiplies what it
+is given by the embeddings' factor (Gemma 2; Gemma 3 has it in the lookup), they are without it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from tpvc.compiler.engines.text import Prompt, transformers_text
 from tpvc.compiler.job import scale_dtype
 from tpvc.compiler.program import prompt_ids
 
+SCALED_BY_VLLM = ("gemma2",)
+"""Types of model of which vLLM scales given embeddings as it scales those that it looks up."""
+
 
 def prompt_embeds(
     model: str | Path, task: str, prompt: Prompt, *, max_tokens: int = 64, served: str | None = None
@@ -38,6 +42,8 @@ def prompt_embeds(
     ids = [*before, *encode(prompt)]
     max_tokens = room(program.facts.context_length, ids, max_tokens)
     vectors = embedded(program, torch.tensor(ids))
+    if program.source.config["model_type"] in SCALED_BY_VLLM:
+        vectors /= next(n.attrs["factor"] for n in program.prologue if n.op == "scale")
     return {
         "model": str(model) if served is None else served,
         "prompt_embeds": encoded(vectors.to(scale_dtype(program))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def size(count: float) -> str:
     """Bytes: 12345678 -> "12.3 MB" (powers of ten, as disks are sold)."""
@@ -20,3 +22,11 @@ def seconds(value: float) -> str:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def perplexity(nats: float) -> float:
+    """exp of a loss in nats a token; inf where that is larger than any float."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

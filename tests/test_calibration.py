@@ -106,6 +106,11 @@ def test_a_text_file_gives_the_windows_that_evaluation_takes(program, tokenizer,
 
 
 FILES = {
+    "mark.txt": (lambda p: p.write_text("".join(TEXTS), encoding="utf-8-sig"), None),
+    "mark.jsonl": (
+        lambda p: p.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS), encoding="utf-8-sig"),
+        None,
+    ),
     "text.jsonl": (lambda p: jsonl(p, [{"text": t, "id": 1} for t in TEXTS]), None),
     "pairs.jsonl": (lambda p: jsonl(p, [{"prompt": t[:5], "completion": t[5:]} for t in TEXTS]), None),
     "chats.jsonl": (lambda p: jsonl(p, [{"messages": [{"role": "user", "content": t}]} for t in TEXTS]), None),

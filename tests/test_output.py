@@ -142,6 +142,7 @@ def test_places_that_cannot_be_renamed_into(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "disk").symlink_to(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     for out, said in {
         ".": "working directory",
@@ -150,6 +151,7 @@ def test_places_that_cannot_be_renamed_into(tmp_path, monkeypatch):
         "../file": "is a file",
         "../file/out": "not a directory",
         "../link": "not a directory",
+        "../disk": "is a link to .*here'; name the directory itself",
         "x" * 300: "too long",
     }.items():
         with pytest.raises(TpvcError, match=said):

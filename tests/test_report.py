@@ -1,4 +1,5 @@
 import errno
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_the_same_manifest_gives_the_same_bytes(tmp_path):
 def test_pictures_are_svg_and_points_are_inside():
     for picture in (
         charts.lines([0, 1, 2], [("a", [1e-4, None, 3.0]), ("b", [0.0, 2e-4, 0.5])]),
+        charts.lines([0, 1, 2], [("a", [2.0, math.inf, 3.0])]),
         charts.bars(list(range(80)), [0.0, 3.7] * 40, units.seconds),
         charts.curve([[0, 1.0], [10, 0.1], [20, 0.1]]),
     ):

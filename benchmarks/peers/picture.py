@@ -43,6 +43,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same figures give the same bytes
     grids = points(found)
@@ -63,10 +64,12 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
         if FLOAT in found:
             axes.axhline(found[FLOAT]["perplexity"], linestyle="--", color="#777777", linewidth=1)
         axes.set(title=grid, xscale="log", yscale="log", xlabel="CPU minutes")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=8)
-        axes.margins(x=0.2)
+        for axis, values in zip((axes.xaxis, axes.yaxis), zip(*grids[grid].values(), strict=True), strict=True):
+            wide = max(values) >= 10 * min(values)
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        axes.margins(x=0.25, y=0.12)
     panels[0][0].set_ylabel("perplexity, WikiText-2 test")
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 

@@ -25,7 +25,7 @@ class Prompt:
 
     values     float32 [n, D]: what stands before the text, D the width of the token embeddings
     start      float32 [n, D]: the values it was tuned from; None where nobody kept them, as in PEFT's own directories
-    base       what identifies the model it was made for (`prompt_files.base`); None: unknown
+    base       what identifies the model it was made for (`prompt_files.base_print`); None: unknown
     tokenizer  likewise its tokenizer (`prompt_files.tokenizer_print`)
     origin     where it came from, for the manifest: {"directory", "sha256", ...}
     """

@@ -78,10 +78,19 @@ def _fail(sentence: str, code: int, prefix: str = "tpvc: ") -> None:
 
 
 def _about_the_machine(error: Exception) -> str | None:
-    """A sentence for what is no bug: a full disk, a path that may not be written. None for everything else.
+    """A sentence for what is no bug: no memory, a full disk, a path that may not be written. None for everything else.
 
     Libraries wrap the system's error in their own (safetensors: "I/O error: No space left on device (os error 28)").
     """
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, of a device
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # torch's, of the host
+    ):
+        return (
+            "memory ran out; `tpvc plan` says what quantize takes: choose fewer --nsamples, a shorter --seqlen or"
+            " another device, and run the same command again"
+        )
     number = getattr(error, "errno", None)
     if number is None and (wrapped := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(wrapped[1])

@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tpvc.compiler import units
+from tpvc.compiler.errors import printable
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
 
@@ -29,6 +32,16 @@ def out() -> Console:
 def err() -> Console:
     """Standard error: progress and remarks."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def literal(text: object) -> str:
+    """A name or path as it stands, in a line or table that reads [markup]."""
+    return escape(printable(str(text)))
+
+
+def written(out: Path, took: float, more: str = "") -> str:
+    """The first line about what a command made: where it lies, and seconds it took."""
+    return f"[bold]{literal(out)}[/] written in {units.seconds(took)}" + (f", {more}" if more else "")
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -123,7 +136,7 @@ def run_command(folder: Path) -> str:
     """What to type to hear the model in `folder`: --raw where no chat template lies beside it."""
     from tpvc.compiler.engines.text import has_template
 
-    return f'tpvc run {folder} "Hello"' + ("" if has_template(folder) else " --raw")
+    return f'tpvc run {quote(str(folder))} "Hello"' + ("" if has_template(folder) else " --raw")
 
 
 def folder_bytes(folder: Path) -> int:

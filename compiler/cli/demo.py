@@ -117,7 +117,7 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
 
     total = time.perf_counter() - start
     story.print(f"\n[bold]Done in {units.seconds(total)}.[/] Look at")
-    story.print(f"   {learned / 'report.html'}   error of every block, before and after")
+    story.print(f"   {learned / 'report.html'}   error of every block, before and after", markup=False)
     story.print(f"   {picture}   the measurements")
     story.print(f"   tpvc run {onnx}   a chat with it")
     story.print(f"   tpvc quantize {MODEL} -o my-w3 --bits 3   your own turn")

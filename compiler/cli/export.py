@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -120,7 +121,7 @@ def command(
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "files": files, "notes": notes})
     show = console.out().print
-    show(f"[bold]{out}[/] written in {units.seconds(took)}")
+    show(console.written(out, took))
     binaries = {name: count for name, count in files.items() if name.startswith("kernels/")}
     for name, count in files.items():
         if name not in binaries:
@@ -130,4 +131,5 @@ def command(
     for note in notes:
         show(f"  note: {note}", markup=False)
     if to == "triton" or "genai_config.json" in files:  # a portable graph alone is for other runtimes
-        show(f"  next: {console.run_command(out)}    or    tpvc bench {out} {artefact}")
+        bench = f"tpvc bench {quote(str(out))} {quote(str(artefact))}"
+        show(f"  next: {console.run_command(out)}    or    {bench}", markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -85,15 +84,15 @@ def command(model: str, out: Path, data: str, as_json: bool, **options: Any) -> 
         return console.print_json({"directory": str(out), "seconds": took, "manifest": manifest})
     show, before = console.out().print, manifest["before"]
     kept = next(c for c in manifest["checks"] if c[0] == manifest["kept_step"])
-    show(f"[bold]{out}[/] written in {units.seconds(took)}, {manifest['trainables']:,} trained numbers")
+    show(console.written(out, took, f"{manifest['trainables']:,} trained numbers"))
     learned = manifest["data"]
     what = f"windows of {manifest['options']['max_length']} tokens" if learned["kind"] == "text" else "examples"
     show(f"  learned     {learned['training']:,} {what}, {learned['validation']:,} to choose by")
     show(f"  domain      validation loss {kept[1]:.4g}, {before[0]:.4g} before, at step {kept[0]}")
-    show(f"  general     perplexity {math.exp(kept[3]):.4g}, {math.exp(before[2]):.4g} before")
+    show(f"  general     perplexity {units.perplexity(kept[3]):.4g}, {units.perplexity(before[2]):.4g} before")
     if manifest["options"]["method"] != "plain" and manifest["ratio"]["middle"] is not None:
         show(f"  penalty     phi {manifest['phi']:.3g}, {100 * manifest['ratio']['middle']:.2g} % of the loss midway")
-    show(f"  report      {out / 'report.html'}")
+    show(f"  report      {out / 'report.html'}", markup=False)
     if manifest["artefact"] == "checkpoint":
         show(f"  next        tpvc quantize {quote(str(out))} -o {quote(str(out) + '-w4')}", markup=False)
     elif manifest["artefact"] == "road":

@@ -26,7 +26,7 @@ GENERAL is text as `tpvc quantize --dataset` takes it: a .txt, .md, .jsonl, .par
 file, builtin, or a data set by name. The model learns it for one epoch; every tenth window is only
 measured. The file is made once for a model and what is trained, and reused for every domain.
 Under torchrun the processes share every batch. A run that was interrupted goes on where it stopped
-when the same command is given again.
+when the same command is given again; one of fisher begins again.
 """,
 )
 @click.argument("model")
@@ -63,7 +63,8 @@ def command(model: str, out: Path, data: tuple[str, ...], as_json: bool, **optio
             progress = bars if is_first() else silent
             _, took = console.measured(lambda: importance(model, data, out, progress=progress, **options))
     except KeyboardInterrupt as interrupt:
-        raise click.Abort("interrupted; the same command goes on where it stopped") from interrupt
+        then = "goes on where it stopped" if options["method"] == "path" else "begins again"
+        raise click.Abort(f"interrupted; the same command {then}") from interrupt
     if not is_first():
         return
     found, bytes_ = importance_file.read(out), out.stat().st_size
@@ -82,7 +83,7 @@ def command(model: str, out: Path, data: tuple[str, ...], as_json: bool, **optio
         )
     show = console.out().print
     share = own / told["model_bytes"]
-    show(f"[bold]{out}[/] written in {units.seconds(took)}, {units.size(bytes_)}")
+    show(console.written(out, took, f"{units.size(bytes_)}"))
     show(
         f"  importance  {units.size(own)}, {100 * share:.1f} % of the model's bytes, of {told['protected']:,} elements"
     )

@@ -36,9 +36,14 @@ def command(target: str, everything: bool, as_json: bool) -> None:
     read.
     """
     from tpvc.compiler.cli.inspect_trained import trained_facts
-    from tpvc.compiler.engines import is_genai
+    from tpvc.compiler.engines import is_genai, is_package
 
-    facts = onnx_facts(Path(target)) if is_genai(target) else trained_facts(Path(target)) or program_facts(target)
+    if is_genai(target):
+        facts = onnx_facts(Path(target))
+    elif is_package(target):
+        facts = package_facts(Path(target))
+    else:
+        facts = trained_facts(Path(target)) or program_facts(target)
     if as_json:
         return console.print_json(facts)
     show = console.out().print
@@ -46,10 +51,10 @@ def command(target: str, everything: bool, as_json: bool) -> None:
     def plain(text: str) -> None:
         show(printable(text), markup=False)
 
-    show(f"[bold]{target}[/]: {facts['kind']}")
+    show(f"[bold]{console.literal(target)}[/]: {console.literal(facts['kind'])}")
     for name, value in facts["facts"].items():
         plain(f"  {name:<20} {value}")
-    for title in ("grids", "operators", "adapters", "prompts", "matmulnbits", "files"):
+    for title in ("grids", "operators", "adapters", "prompts", "matmulnbits", "kernels", "files"):
         if facts.get(title):
             show(_counts(title, facts[title]))
     if everything and facts.get("linears"):
@@ -152,6 +157,35 @@ def onnx_facts(folder: Path) -> dict[str, Any]:
         "matmulnbits": dict(layouts.most_common()),
         "adapters": {f.stem: units.size(f.stat().st_size) for f in sorted((folder / ADAPTERS).glob("*.onnx_adapter"))},
         "prompts": {name: _ids(ids) for name, ids in carried_prompts(folder).items()},
+        "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
+        "provenance": _manifest(folder),
+    }
+
+
+def package_facts(folder: Path) -> dict[str, Any]:
+    """Facts about a package of Triton kernels, JSON-able."""
+    from tpvc.compiler.backends import triton
+    from tpvc.compiler.frontends.weights import read_json
+    from tpvc.kernels import package
+
+    path = folder / triton.FILE
+    found = read_json(path)
+    try:
+        made = {name: found[name] for name in ("format", "dtype", "cache", "capacity", "slots")}
+        facts = {**made, **found["facts"], "steps": len(found["steps"])}
+        operators = Counter(step["op"] for step in found["steps"])
+        tasks = {task["name"]: f"{task['tokens']} virtual tokens" for task in found["tasks"]}
+        adapters = {name: "chosen by row" for name in found["adapters"]}
+    except (LookupError, TypeError, ValueError) as error:
+        raise TpvcError(f"{path} is damaged ({error!r}); use an intact copy, or export the model again") from error
+    kernels = package.read(folder / triton.KERNELS).entries
+    return {
+        "kind": "a package of Triton kernels",
+        "facts": facts,
+        "operators": dict(operators.most_common()),
+        "adapters": adapters,
+        "prompts": tasks,
+        "kernels": {target: f"{n} binaries" for target, n in Counter(entry.target for entry in kernels).items()},
         "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
         "provenance": _manifest(folder),
     }

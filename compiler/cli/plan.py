@@ -61,7 +61,8 @@ def command(
 
     from tpvc.compiler.plan import plan
 
-    options |= {"head_bits": int(head_bits), "accuracy_level": int(accuracy_level or 4), "steps": iters}
+    options |= {"head_bits": int(head_bits), "steps": iters}
+    options["accuracy_level"] = None if accuracy_level is None else int(accuracy_level)
     options |= {"roads": named_directories("--road", road), "prompts": named_directories("--prompt", prompt)}
     with console.Bars() as bars:
         found = plan(model, progress=bars, **options)
@@ -74,7 +75,7 @@ def show(found: dict[str, Any]) -> None:
     """The plan in a few lines and a table."""
     say, run, sizes = console.out().print, found["quantize"], found["size"]
     grid = found["grid"] or "several grids"
-    say(f"[bold]{found['model']}[/]: {units.size(sizes['model'])} of weights; blocks in {grid}")
+    say(f"[bold]{console.literal(found['model'])}[/]: {units.size(sizes['model'])} of weights; blocks in {grid}")
     if run is None:
         say("  in integers already: planned for export")
     else:

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from tpvc.compiler import units
 from tpvc.compiler.cli import console, prompt_embeds, prompt_tune
 from tpvc.compiler.cli.options import named_directories
 from tpvc.compiler.errors import TpvcError
@@ -29,7 +28,7 @@ Examples:
 \b
 A task prompt vector is what tuning added to the values a prompt started from (arXiv 2408.01119).
 Prompts are directories in PEFT's format (PROMPT_TUNING) with start.safetensors beside it, and so
-is every result. Every command has --json.
+is every result. Every command but embeds, which prints JSON anyway, has --json.
 """,
 )
 command.add_command(prompt_tune.command)
@@ -214,9 +213,9 @@ def similarity(directories: tuple[str, ...], of: str, out: Path | None, overwrit
     if as_json:
         return console.print_json({"page": None if out is None else str(out), **found})
     for title, key in (("cosine of token means", "token_mean"), ("cosine of all numbers", "flattened")):
-        table = console.table(title, "", *map(_literal, found["names"]))
+        table = console.table(title, "", *map(console.literal, found["names"]))
         for name, row in zip(found["names"], found[key], strict=True):
-            table.add_row(_literal(name), *(f"{value:.3f}" for value in row))
+            table.add_row(console.literal(name), *(f"{value:.3f}" for value in row))
         console.out().print(table)
     if out is not None:
         console.out().print(f"drawn in {out}", markup=False)
@@ -269,24 +268,17 @@ def _make(work: Callable[[Any], Path], out: Path, as_json: bool) -> None:
     show, tokens = console.out().print, manifest["parts"][0]["tokens"]
     found = manifest["search"]
     if found is not None:
-        table = console.table("right answers", "lambda", *map(_literal, found["tasks"]), "mean")
+        table = console.table("right answers", "lambda", *map(console.literal, found["tasks"]), "mean")
         for row in found["table"]:
             chosen = "bold" if row["lambda"] == found["lambda"] else None
             shares = (f"{100 * share:.1f} %" for share in (*row["exact"], row["mean"]))
             table.add_row(f"{row['lambda']:.2f}", *shares, style=chosen)
         table.add_row("own prompt", *(f"{100 * share:.1f} %" for share in found["alone"]), "")
         show(table)
-    show(f"[bold]{_literal(str(out))}[/] written in {units.seconds(took)}, {tokens} virtual tokens")
+    show(console.written(out, took, f"{tokens} virtual tokens"))
     if "lambda" in manifest["origin"]:
         show(f"  lambda  {manifest['origin']['lambda']:g}")
     show(f'  next    tpvc run MODEL --task {quote(str(out))} --raw "..."', markup=False)
-
-
-def _literal(text: str) -> str:
-    """A name as it stands, in a table that reads [markup]."""
-    from rich.markup import escape
-
-    return escape(text)
 
 
 command.add_command(prompt_embeds.command)

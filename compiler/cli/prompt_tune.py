@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from tpvc.compiler import units
 from tpvc.compiler.cli import console
 from tpvc.compiler.cli.options import check_device, fields
 
@@ -89,8 +88,8 @@ def command(
         return console.print_json({"directory": str(out), "seconds": took, "manifest": manifest})
     show, checks = console.out().print, manifest["checks"]
     kept = next(c for c in checks if c[0] == manifest["kept_step"])
-    show(f"[bold]{out}[/] written in {units.seconds(took)}, {manifest['options']['virtual_tokens']} virtual tokens")
+    show(console.written(out, took, f"{manifest['options']['virtual_tokens']} virtual tokens"))
     show(f"  validation  loss {kept[1]:.4g}, {100 * kept[2]:.1f} % of the answers right, at step {kept[0]}")
     show(f"  before      loss {checks[0][1]:.4g}, {100 * checks[0][2]:.1f} %")
-    show(f"  report      {out / 'report.html'}")
-    show(f'  next        tpvc run {model} --task {quote(str(out))} --raw "..."', markup=False)
+    show(f"  report      {out / 'report.html'}", markup=False)
+    show(f'  next        tpvc run {quote(model)} --task {quote(str(out))} --raw "..."', markup=False)

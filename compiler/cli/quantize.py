@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -149,7 +150,8 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
     """What was made, in a few lines."""
     show = console.out().print
     blocks = [b for b in manifest.get("blocks", []) if b.get("error_rtn")]
-    show(f"[bold]{out}[/] written in {units.seconds(took)}, at most {units.size(peak)} of memory")
+    typed = quote(str(out))
+    show(console.written(out, took, f"at most {units.size(peak)} of memory"))
     sizes = manifest.get("size", {})
     if sizes.get("float_bytes"):
         ratio = sizes["float_bytes"] / sizes["bytes"]
@@ -168,12 +170,13 @@ def summary(out: Path, manifest: dict[str, Any], took: float, peak: int) -> None
         least = min(kl for _, kl in closing)
         show(f"  closing   {closing[0][1]:.4g} to {least:.4g} nats a token between its logits and the float model's")
     for adapter in manifest.get("adapters", []):
-        show(f"  adapter   {adapter['name']}: tpvc run {out} --adapter {adapter['name']}", markup=False)
+        show(f"  adapter   {adapter['name']}: tpvc run {typed} --adapter {adapter['name']}", markup=False)
     for task in manifest.get("prompts", []):
-        show(f'  task      {task["name"]}: tpvc run {out} --task {task["name"]} --raw "..."', markup=False)
+        show(f'  task      {task["name"]}: tpvc run {typed} --task {task["name"]} --raw "..."', markup=False)
     for left in manifest.get("left_in_float", []):
         show(f"  in float  {left['name']}: {left['why']}", markup=False)
     for note in manifest.get("notes", []):
         show(f"  note      {note}", markup=False)
-    show(f"  report    {out / 'report.html'}")
-    show(f"  next      {console.run_command(out)}    or    tpvc export {out} --to onnx -o {out}-onnx")
+    show(f"  report    {out / 'report.html'}", markup=False)
+    export = f"tpvc export {typed} --to onnx -o {quote(f'{out}-onnx')}"
+    show(f"  next      {console.run_command(out)}    or    {export}", markup=False)

@@ -140,8 +140,8 @@ def compose(
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "manifest": manifest})
     show = console.out().print
-    show(f"[bold]{out}[/] written in {units.seconds(took)}, {manifest['trainables']:,} numbers")
-    show(f'  next: tpvc run {model} --adapter {quote(str(out))} --raw "..."', markup=False)
+    show(console.written(out, took, f"{manifest['trainables']:,} numbers"))
+    show(f'  next: tpvc run {quote(model)} --adapter {quote(str(out))} --raw "..."', markup=False)
 
 
 def _rewrite(work: Any, model: str, road: str, out: Path, overwrite: bool, as_json: bool) -> None:
@@ -153,8 +153,9 @@ def _rewrite(work: Any, model: str, road: str, out: Path, overwrite: bool, as_js
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "manifest": manifest})
     show = console.out().print
-    show(f"[bold]{out}[/] written in {units.seconds(took)}, {units.size(manifest['size']['bytes'])} of weights")
-    show(f"  next: {console.run_command(out)}    or    tpvc quantize {out} -o {out}-w4")
+    show(console.written(out, took, f"{units.size(manifest['size']['bytes'])} of weights"))
+    quantize = f"tpvc quantize {quote(str(out))} -o {quote(f'{out}-w4')}"
+    show(f"  next: {console.run_command(out)}    or    {quantize}", markup=False)
 
 
 def _manifest(out: Path) -> dict[str, Any]:

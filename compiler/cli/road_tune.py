@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from tpvc.compiler import units
 from tpvc.compiler.cli import console
 from tpvc.compiler.cli.options import check_device, fields, road_argument
 
@@ -101,12 +100,12 @@ def command(
         return console.print_json({"directory": str(out), "seconds": took, "manifest": manifest})
     show, checks = console.out().print, manifest["checks"]
     kept = next(c for c in checks if c[0] == manifest["kept_step"])
-    show(f"[bold]{out}[/] written in {units.seconds(took)}, {manifest['trainables']:,} numbers")
+    show(console.written(out, took, f"{manifest['trainables']:,} numbers"))
     show(f"  validation  loss {kept[1]:.4g}, {100 * kept[2]:.1f} % of the answers right, at step {kept[0]}")
     show(f"  before      loss {checks[0][1]:.4g}, {100 * checks[0][2]:.1f} %")
-    show(f"  report      {out / 'report.html'}")
+    show(f"  report      {out / 'report.html'}", markup=False)
     then = "quantize" if base_is_float(model) else "export"
-    show(f'  next        tpvc run {model} --adapter {quote(str(out))} --raw "..."', markup=False)
+    show(f'  next        tpvc run {quote(model)} --adapter {quote(str(out))} --raw "..."', markup=False)
     show(f"              tpvc {then} {model} --road {road_argument(out)} -o OUT", markup=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -73,6 +74,8 @@ def command(
 
     TARGET is an exported folder, an artefact or a MODEL.
     """
+    if not math.isfinite(temperature):  # which a range of click's lets pass
+        raise TpvcError(f"--temperature is {temperature}; expected a number from 0 on")
     chat = prompt is None and console.interactive() and not as_json
     if prompt is None and not chat:
         prompt = _piped()

@@ -43,7 +43,7 @@ def command(targets: tuple[str, ...], no_logits: bool, as_json: bool) -> None:
     by_target = sorted(found, key=lambda finding: order.index(finding.target))
     for target, own in groupby(by_target, key=lambda finding: finding.target):
         findings = list(own)
-        show(f"[bold]{target}[/]: {findings[0].kind}")
+        show(f"[bold]{console.literal(target)}[/]: {findings[0].kind}")
         for finding in findings:
             word = "[green]proven[/]    " if finding.proven else "[yellow]not proven[/]"
             show(f"  {word}  {finding.subject:<8} ", end="")

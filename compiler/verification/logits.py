@@ -25,7 +25,7 @@ import torch
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import ROUNDERS, Program, folded_tokens, rounded_cache
+from tpvc.compiler.program import ROUNDERS, Program, folded_tokens, grid_of, rounded_cache
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 TOKENS = 24
@@ -179,6 +179,8 @@ def _transformers(folder: Path, target: str, program: Program, expected: Expecte
         return False, "transformers does not read this layout, and vLLM was not asked"
     if folded_tokens(program):
         return False, "a soft prompt is folded in, which transformers does not know"
+    if method is None and any(grid_of(p) is not None for p in program.params.values()):
+        return False, "its config.json does not say how it is quantised, so transformers would take it for floats"
     package = READERS.get(method, "auto_round") if method else "transformers"
     if importlib.util.find_spec(package) is None:
         return False, f"transformers reads it through {package}, which is not installed"

@@ -41,3 +41,10 @@ def test_help_of_every_command_has_examples(tpvc):
         assert "Examples:" in result.stdout or name == "demo"
     assert tpvc().exit_code == 2
     assert tpvc("--version").stdout.startswith("tpvc, version ")
+
+
+def test_paths_are_told_and_typed_as_they_are(capsys, tmp_path):
+    """Not as markup, and as a shell takes them."""
+    console.out().print(console.written(tmp_path / "runs[w4]\x1b", 1.0, "3 numbers"))
+    assert "runs[w4]\\x1b written in 1.0 s, 3 numbers" in capsys.readouterr().out.replace("\n", "")
+    assert console.run_command(tmp_path / "my model") == f"tpvc run '{tmp_path}/my model' \"Hello\" --raw"

@@ -40,6 +40,19 @@ def test_what_lies_in_it(packaged):
     assert [a["name"] for a in manifest["adapters"]] == ["own"]
 
 
+def test_it_is_inspected(packaged, ok, tpvc, refused, tmp_path):
+    folder, _, _ = packaged
+    found = ok("inspect", folder)
+    assert found["kind"] == "a package of Triton kernels" and found["facts"]["capacity"] == 256
+    assert found["kernels"] == {
+        target: f"{sum(e.target == target for e in package.read(folder / 'kernels').entries)} binaries"
+        for target in package.read(folder / "kernels").targets
+    }
+    assert "kernels" in tpvc("inspect", folder).stdout
+    (tmp_path / "triton.json").write_text('{"format": 2}')
+    assert "triton.json is damaged" in refused("inspect", tmp_path)
+
+
 def test_it_is_read_as_it_was_made(packaged, artefact):
     folder, own, _ = packaged
     made = model_of(frontends.with_roads(frontends.load(artefact), {"own": own}), torch.float16)

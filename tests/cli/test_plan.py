@@ -52,6 +52,8 @@ def test_no_weight_is_read(ok, tiny_llama, tmp_path, monkeypatch):
     data[start:] = b"\xff" * (len(data) - start)  # NaN
     path.write_bytes(data)
     monkeypatch.setattr(Stored, "read", lambda self: 1 / 0)
+    (tmp_path / "json.py").write_text("raise SystemExit('run from the working directory')")
+    monkeypatch.chdir(tmp_path)
     found = ok("plan", poisoned, "--recipe", "fast", "--iters", 1, "--nsamples", 8, "--seqlen", 16)
     assert found["quantize"]["seconds"] > 0
 
@@ -98,6 +100,10 @@ def test_adapters_and_a_folded_prompt(ok, refused, tiny_llama, write_adapter, tm
         (("--bits", 8, "--activations", "fp8"), "at most 4 bits"),
         (("--target", "cuda:12"), "is not a target"),
         (("--fold",), "exactly one adapter"),
+        (("--form", "prefix"), "without a prompt to fold"),
+        (("--to", "gptq", "--portable"), "only onnx has one"),
+        (("--to", "vllm", "--accuracy-level", 0), "only onnx has one"),
+        (("--to", "onnx", "--target", "cuda:80"), "others none"),
         (("--dataset", "nowhere.txt", "--nsamples", 8), "nowhere.txt"),
         (("--seqlen", 4096), "context is 256"),
     ],

@@ -65,3 +65,24 @@ def test_text_that_is_not_utf8(refused, tiny_llama, directory):
 
 def test_an_unknown_task_is_one_sentence(refused, tiny_llama):
     assert "no task 'x'; it has none" in refused("prompt", "embeds", tiny_llama, "The", "--task", "x")
+
+
+def test_gemma_2_is_sent_without_the_factor_that_vllm_multiplies_by(tpvc, tmp_path, tiny_tokenizer):
+    """Its vectors times the root of the width are what enters the model; those of Gemma 3 are that already."""
+    import transformers
+
+    small = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    for kind, config in (("2", transformers.Gemma2Config), ("3", transformers.Gemma3TextConfig)):
+        model = transformers.AutoModelForCausalLM.from_config(config(**small))
+        model.save_pretrained(tmp_path / kind)
+        tiny_tokenizer.save_pretrained(tmp_path / kind)
+        program = frontends.load(tmp_path / kind)
+        values = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        prompt = Prompt("task", values, base=prompt_files.base_print(program))
+        prompt_files.write(prompt, tmp_path / f"task{kind}", prompt_files.about(program), {})
+        result = tpvc("prompt", "embeds", tmp_path / kind, "The quick", "--raw", "--task", tmp_path / f"task{kind}")
+        assert result.exit_code == 0, result.stderr
+        sent = base64.b64decode(json.loads(result.stdout)["prompt_embeds"])
+        vectors = torch.load(io.BytesIO(sent), weights_only=True)
+        torch.testing.assert_close(vectors[:5] * (32**0.5 if kind == "2" else 1), values, rtol=2**-22, atol=0)

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tpvc.compiler.cli.quantize import grid_options
 from tpvc.compiler.errors import TpvcError
@@ -198,6 +199,25 @@ def test_disk_full(refused, tiny_llama, tmp_path, monkeypatch, full):
     monkeypatch.setattr(pipeline.huggingface, "emit", full)
     sentence = refused("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "rtn")
     assert "the disk is full" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def no_memory(*_, **__):
+    raise RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    )
+
+
+def no_memory_on_a_device(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("full", [no_memory, no_memory_on_a_device, lambda *_, **__: bytearray(1 << 62)])
+def test_memory_that_runs_out(refused, tiny_llama, tmp_path, monkeypatch, full):
+    from tpvc.compiler import pipeline
+
+    monkeypatch.setattr(pipeline.huggingface, "emit", full)
+    assert "memory ran out" in refused("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "rtn")
     assert not (tmp_path / "out").exists()
 
 

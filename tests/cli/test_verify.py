@@ -80,3 +80,15 @@ def test_the_manifest_says_what_it_was_made_of(artefact, checkpoints):
     told = json.loads((checkpoints["gptq"] / "tpvc.json").read_text())
     assert told["artefact"] == "gptq" and told["source"]["name"] == str(artefact)
     assert told["files"]["model.safetensors"] and len(told["notes"]) == 2
+
+
+def test_settings_beside_the_config_are_not_transformers_to_judge(ok, checkpoints, tmp_path):
+    """As AutoGPTQ left them: transformers would make up random weights, so it is not asked."""
+    folder = shutil.copytree(checkpoints["gptq"], tmp_path / "old")
+    (folder / "tpvc.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (folder / "config.json").write_text(json.dumps(config))
+    found = ok("verify", checkpoints["gptq"], folder)["findings"]
+    said = [f["said"] for f in found if f["target"] == str(folder)]
+    assert any("its config.json does not say how it is quantised" in s for s in said)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import gguf
-from tpvc.compiler.frontends.gguf_config import decimal
+from tpvc.compiler.frontends.gguf_config import decimal, rope_scaling
 from tpvc.compiler.interpret import logits
 from tpvc.compiler.program import Grid, read
 from tpvc.compiler.verify import verify
@@ -473,3 +473,18 @@ def test_file_without_a_tokenizer(tmp_path):
     write(tmp_path / "m.gguf", oracle("llama"))
     with pytest.raises(TpvcError, match="holds no tokenizer"):
         gguf.tokenizer(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, None),
+        ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, None),
+    ],
+)
+def test_a_factor_without_a_type_scales_linearly(given, found):
+    """As llama.cpp takes it."""
+    assert rope_scaling("llama", given, 16, {}, None) == found

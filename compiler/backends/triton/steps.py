@@ -26,7 +26,7 @@ from tpvc.passes.round_cache import float_cache
 
 @dataclass(frozen=True)
 class Step:
-    """op    what is computed: a key of `engine.STEPS`
+    """op    what is computed: a key of `forward.STEPS`
     inputs   names of values; outputs: of those it yields
     params   role -> name of a parameter of the Program
     attrs    constants"""
@@ -39,7 +39,8 @@ class Step:
 
 
 def steps(program: Program) -> tuple[Step, ...]:
-    """The Program as steps. TpvcError for two rotations of one value, which no epilogue holds."""
+    """The Program as steps. TpvcError for two rotations of one value, and for groups of outputs that no power of 2
+    counts, which no epilogue holds."""
     program = float_cache(program)
     readers = defaultdict(list)
     for node in program.nodes:
@@ -67,6 +68,11 @@ def steps(program: Program) -> tuple[Step, ...]:
                     raise TpvcError(
                         f"'{node.name}' has adapters with group sizes of their own; expected one size for all, so that"
                         " the kernel can turn its outputs"
+                    )
+                if (group := rotate.attrs["group"]) & (group - 1):
+                    raise TpvcError(
+                        f"an adapter of '{node.name}' pairs inside groups of {group} outputs; the kernels turn groups"
+                        " of a power of 2, use another runtime or tune it with --group-size 8"
                     )
                 gone.add(rotate.name)
                 params = {**node.params, **rotate.params}

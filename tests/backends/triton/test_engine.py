@@ -1,5 +1,7 @@
 """The engine computes what the interpreter does: every family through the references, one through the kernels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as hf
@@ -153,6 +155,15 @@ def test_the_kernels_write_the_interpreters_tokens(tmp_path):
             written.append(int(engine.decode([slot], written[-1:], "greedy")))
         assert written == wanted
         engine.release(slot)
+
+
+def test_groups_that_no_power_of_2_counts_are_refused(tmp_path):
+    """By `plan` too, which asks for the steps and no kernel."""
+    program = program_of("llama", tmp_path, 4)
+    program = BankRoad((adapter(program, "x", 1),))(program)
+    nodes = [replace(n, attrs={**n.attrs, "group": 12}) if n.op == "rotate" else n for n in program.nodes]
+    with pytest.raises(TpvcError, match="pairs inside groups of 12 outputs; the kernels turn groups of a power of 2"):
+        steps(replace(program, nodes=tuple(nodes)))
 
 
 @torch.no_grad()
