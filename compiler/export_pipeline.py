@@ -84,7 +84,7 @@ def export(
     out = Path(out)
     check_wishes(to, portable, accuracy_level, task, form, targets)
     if to == "triton" and not targets:
-        raise TpvcError("found no --target of a triton folder; expected GPUs by name, such as cuda:80,hip:gfx942")
+        raise TpvcError("found no --target; triton takes GPUs by name, such as cuda:80,hip:gfx942")
     if cache is not None and (to != "triton" or cache != "int8"):
         raise TpvcError(f"a cache of '{cache}' was asked of a {to} folder; only triton has one of int8")
     accuracy_level = 4 if accuracy_level is None else accuracy_level
