@@ -88,8 +88,8 @@ def _about_the_machine(error: Exception) -> str | None:
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # torch's, of the host
     ):
         return (
-            "memory ran out; `tpvc plan` says what quantize takes: choose fewer --nsamples, a shorter --seqlen or"
-            " another device, and run the same command again"
+            "memory ran out; run the same command where there is more of it, or on another device (what quantize takes"
+            " `tpvc plan` says, and fewer --nsamples or a shorter --seqlen take less)"
         )
     number = getattr(error, "errno", None)
     if number is None and (wrapped := re.search(r"\(os error (\d+)\)", str(error))):

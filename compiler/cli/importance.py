@@ -83,7 +83,7 @@ def command(model: str, out: Path, data: tuple[str, ...], as_json: bool, **optio
         )
     show = console.out().print
     share = own / told["model_bytes"]
-    show(console.written(out, took, f"{units.size(bytes_)}"))
+    show(console.written(out, took, units.size(bytes_)))
     show(
         f"  importance  {units.size(own)}, {100 * share:.1f} % of the model's bytes, of {told['protected']:,} elements"
     )

@@ -32,7 +32,7 @@ def load(directory: Path, name: str) -> Program:
             f"{directory} is an adapter; expected its base model, beside which --adapter, --road, --task or --prompt"
             " put it"
         )
-    if (directory / "portable" / "model.onnx").is_file():
+    if (directory / "portable" / "model.onnx").is_file() and not (directory / "config.json").is_file():
         raise TpvcError(
             f"{directory} holds a portable graph alone, which is for other runtimes; `tpvc verify` reads it, everything"
             " else the checkpoint it was made from"
