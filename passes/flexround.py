@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
     "default": Recipe(
         120, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=0.75, lr_rounds=7e-4
     ),
-    "best": Recipe(1000, 4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8, seen=True, rounds=4, lr_rounds=7e-4),
+    "best": Recipe(400, 4, lr=1e-2, lr_scale=3e-3, searched=True, held_out=8, seen=True, rounds=1.5, lr_rounds=7e-4),
     "lrq": Recipe(
         240, 4, lr=1.5e-2, lr_scale=5e-3, searched=True, held_out=8, seen=True, rounds=1.5, lr_rounds=7e-4, rank=0.25
     ),
