@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tpvc.compiler.documents import READERS, Documents, documents, record_text
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.demo import sha256
 from tpvc.compiler.frontends.tokenizer_files import rendered
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress
 from tpvc.compiler.sample import sample
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.windows import beginning, cut, encode, encode_behind, text_tokens, too_short
 
 

@@ -16,8 +16,9 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.identity import run_identity, versions
 from tpvc.compiler.job import scale_dtype
 from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
-from tpvc.compiler.program import prompt_ids, rounded_cache, sha256
+from tpvc.compiler.program import prompt_ids, rounded_cache
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verification import check_written
 from tpvc.compiler.verify import verify

@@ -14,7 +14,8 @@ import tpvc
 from tpvc.compiler.adapters import lora_files, road_files
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import Program, sha256
+from tpvc.compiler.program import Program
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.tuning.importance_file import Importance
 from tpvc.compiler.tuning.loop import Tuned
 from tpvc.compiler.tuning.lora_space import LoraSpace

@@ -14,7 +14,6 @@ Graph inputs (values that no node produces):
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ import torch
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.sha256 import sha256
 
 INPUTS = ("input_ids", "positions", "mask", "adapter_ids")
 NORMS = ("rms_norm", "layer_norm")
@@ -315,9 +315,3 @@ def bank_params(program: Program) -> frozenset[str]:
 def _stamp(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,9 +21,10 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json
 from tpvc.compiler.identity import versions
 from tpvc.compiler.output import ARTEFACT, check_apart, check_free, published, replacing
-from tpvc.compiler.program import Program, prompt_ids, sha256
+from tpvc.compiler.program import Program, prompt_ids
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.report import render
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.tuning.data import encoded
 from tpvc.compiler.tuning.examples import Encoded
 from tpvc.compiler.tuning.loss import score_answers

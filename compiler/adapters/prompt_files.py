@@ -25,7 +25,8 @@ from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import FLOATS, read_json, stored_in
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import Program, sha256
+from tpvc.compiler.program import Program
+from tpvc.compiler.sha256 import sha256
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 START = "start.safetensors"

@@ -25,8 +25,9 @@ from tpvc.compiler.adapters.road import STORED, Road, Rotation
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import FLOATS, Stored, read_json, stored_in
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import Program, QTensor, linears, sha256
+from tpvc.compiler.program import Program, QTensor, linears
 from tpvc.compiler.program import read as read_parameter
+from tpvc.compiler.sha256 import sha256
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model.model."

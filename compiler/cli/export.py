@@ -10,7 +10,7 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import cache_option, export_options, named_directories
+from tpvc.compiler.cli.options import TO, cache_option, export_options, named_directories
 
 
 @click.command(
@@ -57,7 +57,7 @@ under its name; `tpvc verify ARTEFACT OUT` compares hashes and logits too.
 @click.argument("artefact")
 @click.option(
     "--to",
-    type=click.Choice(["onnx", "vllm", "triton", "gptq", "gptq_v2", "awq"]),
+    type=TO,
     default="onnx",
     show_default=True,
     help="The runtime's format.",

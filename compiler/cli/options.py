@@ -21,6 +21,10 @@ device_option = click.option(
 )
 
 
+TO = click.Choice(["onnx", "vllm", "triton", "gptq", "gptq_v2", "awq"])
+"""Runtimes that `--to` names, written out because what makes them is slow to import."""
+
+
 def cache_option(meaning: str) -> Callable[..., Any]:
     """`--cache`: of quantize, of export, and of plan, which means both."""
     return click.option("--cache", type=click.Choice(["int8"]), help=meaning)
@@ -179,7 +183,7 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["fast", "default", "best", "lrq", "paper"]),
                 default="default",
                 show_default=True,
-                help="How long FlexRound learns, in optimiser steps a block: fast 20; default 120, best 1000 and lrq "
+                help="How long FlexRound learns, in optimiser steps a block: fast 20; default 120, best 400 and lrq "
                 "240 (factors of low rank), with a closing step; paper 5000 (FlexRound's other settings too).",
             ),
             click.option(

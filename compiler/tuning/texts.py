@@ -18,8 +18,9 @@ from torch import Tensor
 from tpvc.compiler.calibration import calibrate, chat_text
 from tpvc.compiler.documents import documents
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Program, sha256
+from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.tuning.data import HELD_OUT, Data, held_out, read_data
 from tpvc.compiler.tuning.examples import SUFFIXES, Encoded
 from tpvc.compiler.windows import beginning, cut, encode, encode_behind, text_tokens

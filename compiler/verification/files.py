@@ -7,7 +7,7 @@ from pathlib import Path
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import is_file, is_inside, read_json
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import sha256
+from tpvc.compiler.sha256 import sha256
 
 
 def check(folder: Path) -> tuple[bool, str]:

@@ -13,7 +13,7 @@ from tpvc.compiler.adapters import prompt_files
 from tpvc.compiler.adapters.combine_prompts import add
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import sha256
+from tpvc.compiler.sha256 import sha256
 
 TOKENS, WIDTH = 5, 64
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

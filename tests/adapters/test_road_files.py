@@ -16,7 +16,8 @@ from tpvc.compiler.adapters.road import Road, identity, rotate
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import load
 from tpvc.compiler.interpret import in_memory, logits, positions_of
-from tpvc.compiler.program import Grid, linears, sha256
+from tpvc.compiler.program import Grid, linears
+from tpvc.compiler.sha256 import sha256
 from tpvc.passes.bank_road import BankRoad
 from tpvc.passes.round_to_nearest import quantize
 

@@ -3,6 +3,9 @@
 import json
 import os
 
+from tpvc.compiler.cli.options import TO
+from tpvc.compiler.export_pipeline import EXPORTS
+
 
 def test_leaves_a_folder_for_genai(exported):
     assert {"model.onnx", "genai_config.json", "tokenizer.json", "tpvc.json"} <= set(os.listdir(exported))
@@ -66,3 +69,7 @@ def test_bad_input(refused, tmp_path):
         said = refused("export", tmp_path / "nowhere", "-o", tmp_path / "out", "--to", "awq", *option)
         assert "awq folder; only onnx has one" in said
     assert not any(tmp_path.iterdir())
+
+
+def test_to_names_every_runtime():
+    assert sorted(TO.choices) == sorted(EXPORTS)

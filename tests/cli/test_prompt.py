@@ -16,6 +16,7 @@ from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.search_scale import SCALES
 from tpvc.compiler.frontends import load, tokenizer
 from tpvc.compiler.interpret import in_memory, logits
+from tpvc.compiler.sha256 import sha256
 from tpvc.passes.bank_prompt import BankPrompt
 
 TOKENS, WIDTH = 4, 64
@@ -94,7 +95,7 @@ def test_a_sum_is_a_prompt_with_its_parts_told(ok, llama, pair, tmp_path):
     manifest = made["manifest"]
     assert manifest == json.loads((tmp_path / "s" / "tpvc.json").read_text())
     assert manifest["artefact"] == "prompt" and manifest["base"]["weights"] == prompt_files.base_print(llama)
-    digest = prompt_files.sha256(a / "start.safetensors")
+    digest = sha256(a / "start.safetensors")
     assert manifest["origin"] == {
         "method": "task_arithmetic",
         "of": ["a", "other"],
@@ -108,7 +109,7 @@ def test_a_sum_is_a_prompt_with_its_parts_told(ok, llama, pair, tmp_path):
         "name": "other",
         "tokens": TOKENS,
         "directory": "b",
-        "sha256": prompt_files.sha256(b / "adapter_model.safetensors"),
+        "sha256": sha256(b / "adapter_model.safetensors"),
         "start": digest,
         "weight": -2,
     }
@@ -326,7 +327,7 @@ def test_a_search_reads_validation_examples_and_the_weights_once(ok, tpvc, endle
     chosen = next(row["lambda"] for row in table if row["mean"] == 1)
     assert made["origin"]["lambda"] == made["search"]["lambda"] == chosen
     assert made["search"]["tasks"] == ["a", "b"] and made["search"]["examples"] == [4, 4]
-    assert made["search"]["data"][0] == {"name": "a.jsonl", "sha256": prompt_files.sha256(tasks[0])}
+    assert made["search"]["data"][0] == {"name": "a.jsonl", "sha256": sha256(tasks[0])}
     start = start_of(pair[0])
     vectors = [values(d) - start for d in pair]
     assert torch.equal(values(tmp_path / "s"), start + chosen * (vectors[0] + vectors[1]))

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 import torch
 
-from tpvc.compiler.cli.quantize import grid_options
+from tpvc.compiler.cli.quantize import command, grid_options
 from tpvc.compiler.errors import TpvcError
+from tpvc.passes.flexround import RECIPES
 
 TEXT = "A short line of words about rivers and bridges, with numbers such as 12 and 144. " * 40
 
@@ -283,3 +285,8 @@ def test_interrupt_leaves_nothing_and_the_run_goes_on(tiny_llama, tmp_path):
     )
     assert (out / "tpvc.json").is_file()
     assert set(seen) == {written}, "the finished block was computed again"
+
+
+def test_the_help_tells_the_steps_of_every_recipe():
+    told = " ".join(command.get_help(click.Context(command)).split())
+    assert all(f"{name} {recipe.steps}" in told for name, recipe in RECIPES.items())

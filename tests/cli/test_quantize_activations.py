@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tpvc.compiler import frontends
 from tpvc.compiler.backends import triton
-from tpvc.compiler.program import read, rounded_inputs, sha256
+from tpvc.compiler.program import read, rounded_inputs
+from tpvc.compiler.sha256 import sha256
 from tpvc.kernels import package
 
 TEXT = "The quick brown"

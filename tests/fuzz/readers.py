@@ -19,7 +19,8 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import gguf, huggingface
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.frontends.weights import read_json, stored_in
-from tpvc.compiler.program import read, sha256
+from tpvc.compiler.program import read
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.tuning import examples, importance_file, texts
 from tpvc.compiler.verification import files
 from tpvc.compiler.verify import verify

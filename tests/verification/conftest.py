@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tpvc.compiler import frontends
 from tpvc.compiler.backends import onnx, triton
 from tpvc.compiler.backends.huggingface import emit
-from tpvc.compiler.program import Grid, dense, linears, sha256
+from tpvc.compiler.program import Grid, dense, linears
+from tpvc.compiler.sha256 import sha256
 from tpvc.passes.round_to_nearest import quantize
 
 FORMATS = ("transformers", "vllm", "gptq", "gptq_v2", "awq", "onnx", "triton")

@@ -15,7 +15,8 @@ from tpvc.compiler.backends.huggingface.layout import layout
 from tpvc.compiler.backends.huggingface.stream import write
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.output import ADAPTERS, PROMPTS
-from tpvc.compiler.program import Program, sha256
+from tpvc.compiler.program import Program
+from tpvc.compiler.sha256 import sha256
 
 PACKED = {
     "gptq": lambda program: gptq.layout(program, 1),

@@ -28,8 +28,9 @@ from tpvc.compiler.backends.triton.steps import Step, kinds_of
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.weights import read_json, stored_in
 from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import Facts, Program, sha256
+from tpvc.compiler.program import Facts, Program
 from tpvc.compiler.progress import Progress, silent
+from tpvc.compiler.sha256 import sha256
 from tpvc.compiler.store import BlockStore
 from tpvc.kernels.attention import Prefix
 from tpvc.kernels.launch import Launch
