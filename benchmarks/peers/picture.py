@@ -2,8 +2,9 @@
 
     python benchmarks/peers/picture.py OUT/results.json -o picture.svg
 
-A panel for every grid on which methods can be compared. Recipes of one tool are joined in the order of their minutes;
-the dashed line is the float model. Means over the seeds that there are. Needs matplotlib.
+A panel for every grid on which methods can be compared. Recipes of one tool are joined in the order of their minutes,
+and only the first bears the tool's name; the dashed line is the float model. Means over the seeds that there are. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 from rows import SCHEMES, rows
 from table import FLOAT
 
-FAMILIES = {"tpvc": "#d1495b", "autoround": "#00798c", "gptq": "#edae49", "awq": "#66a182", "hqq": "#8d6a9f"}
+OURS = "tpvc"
+"""The family whose names stand below its points; others' stand above theirs."""
+FAMILIES = {OURS: "#d1495b", "autoround": "#00798c", "gptq": "#edae49", "awq": "#66a182", "hqq": "#8d6a9f"}
 """Colour by the first word of a method's name; grey for others."""
 
 Point = tuple[float, float]
@@ -59,8 +62,10 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
             members.sort()
             colour = FAMILIES.get(family, "#777777")
             axes.plot(*zip(*(point for point, _ in members), strict=True), "o-", color=colour, markersize=5)
-            for point, method in members:
-                axes.annotate(method, point, xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+            for place, (point, method) in enumerate(members):
+                name = method.removeprefix(f"{family}-") if place else method
+                side = {"xytext": (0, -13), "ha": "center"} if family == OURS else {"xytext": (5, 5)}
+                axes.annotate(name, point, textcoords="offset points", fontsize=8, color=colour, **side)
         if FLOAT in found:
             axes.axhline(found[FLOAT]["perplexity"], linestyle="--", color="#777777", linewidth=1)
         axes.set(title=grid, xscale="log", yscale="log", xlabel="CPU minutes")
@@ -69,7 +74,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-        axes.margins(x=0.25, y=0.12)
+        axes.margins(x=0.25, y=0.15)
     panels[0][0].set_ylabel("perplexity, WikiText-2 test")
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
