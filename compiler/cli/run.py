@@ -83,8 +83,13 @@ def command(
 
     from tpvc.compiler.engines import open_engine
 
-    with console.err().status(f"loading {target}"):
-        engine = open_engine(target, threads, adapter, task, device)
+    name = console.literal(target)
+    with console.err().status(f"loading {name}") as status:
+
+        def timing(stage: str, done: int, total: int, note: str) -> None:
+            status.update(f"first start of {name} on this device: timing {stage}, {done} of {total} {note}")
+
+        engine = open_engine(target, threads, adapter, task, device, timing)
     sampling = {"temperature": temperature, "seed": seed}
     if chat:
         return _chat(engine, raw, max_new_tokens, sampling)

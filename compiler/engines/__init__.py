@@ -14,6 +14,7 @@ from typing import Any
 
 from tpvc.compiler.engines.text import Prompt
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.progress import Progress, silent
 
 DEVICES = ("auto", "cpu", "cuda", "hip")
 
@@ -63,12 +64,14 @@ def open_engine(
     adapter: str | None = None,
     task: str | None = None,
     device: str = "auto",
+    progress: Progress = silent,
 ) -> Engine:
     """Load `target`: an exported folder, or whatever `tpvc.load` takes; with one of its adapters, or as the base model.
 
     `adapter` and `task` are names, or, except for exported folders, directories in PEFT's format: of a RoAd adapter,
     and of a soft prompt, whose virtual tokens are then put before whatever `encode` is given (a package has their keys
     and values instead). device: where a package runs, one of DEVICES; "auto" is the first GPU, or the CPU without one.
+    progress: of what a package times on its first start on a GPU (tiles.py).
 
     TpvcError when it cannot be loaded, and for an adapter or a task that it does not have.
     """
@@ -77,7 +80,7 @@ def open_engine(
     if is_package(target):
         from tpvc.compiler.engines.package import open_package
 
-        return open_package(Path(target), threads or cores(), adapter, task, device)
+        return open_package(Path(target), threads or cores(), adapter, task, device, progress)
     if device not in ("auto", "cpu"):
         raise TpvcError(
             f"{target} was to run on {device}; only packages of tpvc export --to triton do, this one runs on the CPU"

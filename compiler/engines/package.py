@@ -8,9 +8,12 @@ from typing import Any
 
 from tpvc.compiler.engines import Engine
 from tpvc.compiler.engines.text import auto_tokenizer, transformers_text
+from tpvc.compiler.progress import Progress, silent
 
 
-def open_package(folder: Path, threads: int, adapter: str | None, task: str | None, device: str) -> Engine:
+def open_package(
+    folder: Path, threads: int, adapter: str | None, task: str | None, device: str, progress: Progress = silent
+) -> Engine:
     """On a GPU, with the package's kernels; on a CPU, with their references."""
     import numpy as np
     import torch
@@ -22,7 +25,7 @@ def open_package(folder: Path, threads: int, adapter: str | None, task: str | No
 
     torch.set_num_threads(threads)
     backend = present() if device == "auto" else None if device == "cpu" else device
-    compute = triton.open_cpu(folder) if backend is None else triton.open_gpu(folder, backend)
+    compute = triton.open_cpu(folder) if backend is None else triton.open_gpu(folder, backend, progress=progress)
     model, slots = compute.model, Slots(compute)
     capacity = slots.holds(adapter, task)  # unknown ones are refused now
 

@@ -182,7 +182,7 @@ def test_a_package_is_opened_on_the_card_that_there_is(tiny_llama, fake_drivers,
 
     monkeypatch.setattr("tpvc.compiler.backends.triton.ROWS", (1,))
     monkeypatch.setattr("tpvc.kernels.aot.build", build)
-    monkeypatch.setattr("tpvc.compiler.backends.triton.tiles.chosen", lambda *_: {})
+    monkeypatch.setattr("tpvc.compiler.backends.triton.tiles._best", lambda works, *_, **__: next(iter(works)))
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda _: str(tmp_path / "cache"))
     monkeypatch.setattr(driver, "LIBRARIES", {"cuda": (fake_drivers["cuda"],), "hip": ("none.so",)})
     monkeypatch.delenv("FAKE_LOG", raising=False)
@@ -192,12 +192,16 @@ def test_a_package_is_opened_on_the_card_that_there_is(tiny_llama, fake_drivers,
     fake = Card(fake_drivers["cuda"], built["variants"])
     try:
         assert driver.present() == "cuda"
-        written = []
+        written, told = [], []
         for device in ("auto", "cpu"):
-            engine = open_engine(str(folder), 1, device=device)
+            engine = open_engine(str(folder), 1, device=device, progress=lambda *now: told.append(now))
             written.append(list(engine.generate([5, 9, 33], 3, stop=False)))
         assert written[0] == written[1] and fake.replayed == 1  # a prompt, a token, and that graph once more
         assert list((tmp_path / "cache" / "tiles").glob("*.json"))
+        assert told[0][:2] == ("tiles", 0) and told[-1][1] == told[-1][2] > 1
+        again: list[tuple] = []
+        open_engine(str(folder), 1, device="cuda", progress=lambda *now: again.append(now))
+        assert not again, "what was timed is read from its file"
     finally:
         ctypes.CDLL(fake_drivers["cuda"]).fake_listen(None)
 
