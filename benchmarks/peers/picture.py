@@ -24,6 +24,9 @@ OURS = "tpvc"
 FAMILIES = {OURS: "#d1495b", "autoround": "#00798c", "gptq": "#edae49", "awq": "#66a182", "hqq": "#8d6a9f"}
 """Colour by the first word of a method's name; grey for others."""
 
+COLUMNS = 3
+"""Panels beside each other."""
+
 Point = tuple[float, float]
 
 
@@ -51,10 +54,14 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same figures give the same bytes
     grids = points(found)
     order = [f"{scheme} {kind}" for scheme in SCHEMES for kind in ("sym", "asym") if f"{scheme} {kind}" in grids]
+    columns = min(len(order), COLUMNS)
+    lines = -(-len(order) // columns)
     figure, panels = pyplot.subplots(
-        1, len(order), figsize=(5.2 * len(order), 4.2), squeeze=False, layout="constrained"
+        lines, columns, figsize=(5.2 * columns, 4.2 * lines), squeeze=False, layout="constrained"
     )
-    for grid, axes in zip(order, panels[0], strict=True):
+    for axes in panels.flat[len(order) :]:
+        axes.remove()
+    for grid, axes in zip(order, panels.flat, strict=False):
         families: dict[str, list[tuple[Point, str]]] = {}
         for method, point in grids[grid].items():
             families.setdefault(method.partition("-")[0], []).append((point, method))
@@ -70,12 +77,13 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
             axes.axhline(found[FLOAT]["perplexity"], linestyle="--", color="#777777", linewidth=1)
         axes.set(title=grid, xscale="log", yscale="log", xlabel="CPU minutes")
         for axis, values in zip((axes.xaxis, axes.yaxis), zip(*grids[grid].values(), strict=True), strict=True):
-            wide = max(values) >= 10 * min(values)
+            wide = max(values) >= 5 * min(values)
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
         axes.margins(x=0.25, y=0.15)
-    panels[0][0].set_ylabel("perplexity, WikiText-2 test")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("perplexity, WikiText-2 test")
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
