@@ -77,8 +77,8 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
             axes.axhline(found[FLOAT]["perplexity"], linestyle="--", color="#777777", linewidth=1)
         axes.set(title=grid, xscale="log", yscale="log", xlabel="CPU minutes")
         for axis, values in zip((axes.xaxis, axes.yaxis), zip(*grids[grid].values(), strict=True), strict=True):
-            wide = max(values) >= 5 * min(values)
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
+            span = max(values) / min(values)
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)) if span >= 5 else MaxNLocator(6))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
         axes.margins(x=0.25, y=0.15)
