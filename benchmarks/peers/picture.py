@@ -49,7 +49,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same figures give the same bytes
     grids = points(found)
@@ -77,14 +77,22 @@ def draw(found: Mapping[str, Mapping[str, Any]], out: Path) -> None:
             axes.axhline(found[FLOAT]["perplexity"], linestyle="--", color="#777777", linewidth=1)
         axes.set(title=grid, xscale="log", yscale="log", xlabel="CPU minutes")
         for axis, values in zip((axes.xaxis, axes.yaxis), zip(*grids[grid].values(), strict=True), strict=True):
-            span = max(values) / min(values)
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)) if span >= 5 else MaxNLocator(6))
+            axis.set_major_locator(ticks(max(values) / min(values)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
         axes.margins(x=0.25, y=0.15)
     for axes in panels[:, 0]:
         axes.set_ylabel("perplexity, WikiText-2 test")
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def ticks(span: float) -> Any:
+    """Where a logarithmic axis has ticks, by the ratio of its largest value to its smallest."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if span < 5:
+        return MaxNLocator(6)
+    return LogLocator(subs=(1, 2, 5) if span < 1000 else (1,))
 
 
 def main() -> None:
