@@ -63,5 +63,5 @@ and back: 33 ms in float32, 37 in bfloat16)."""
 
 
 def ops_for(bits: Iterable[int]) -> Mapping[str, Op]:
-    """The op table to learn with where weights are rounded to so many bits: quick where one of them is SHORT."""
+    """The op table of blocks whose weights are rounded to so many bits: quick where one of them is SHORT."""
     return QUICK if min(bits, default=SHORT + 1) <= SHORT else OPS

@@ -16,11 +16,18 @@ from tpvc.compiler.quick import QUICK
 from tpvc.compiler.tuning.parallel import Ranks
 from tpvc.compiler.verify import ports
 
-EXACT = {**OPS, **{op: replace(OPS[op], compute=lambda x, **_: x) for op in ROUNDERS}}
-"""The ops of a block in float: nothing is rounded."""
 Watch = Callable[[Node, list[Tensor]], None]
 AT_ONCE = 8
 """Windows computed together where no gradient is needed."""
+
+
+def unrounded(ops: Mapping[str, Op]) -> dict[str, Op]:
+    """An op table in which nothing is rounded: that of a block in float."""
+    return {**ops, **{op: replace(ops[op], compute=lambda x, **_: x) for op in ROUNDERS}}
+
+
+EXACT = unrounded(OPS)
+"""The ops of a block in float, with products in float32."""
 
 
 class Block:

@@ -45,7 +45,7 @@ from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import ops_for
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import ALONE, Ranks, SharedStore
-from tpvc.passes.block import AT_ONCE, EXACT, Block, behind_prompts, embedded, spread
+from tpvc.passes.block import AT_ONCE, Block, behind_prompts, embedded, spread, unrounded
 from tpvc.passes.checks import check_float, check_grid, linear_record
 from tpvc.passes.factors import Factors
 from tpvc.passes.grid import Range, min_max, on_grid
@@ -178,7 +178,8 @@ class FlexRound:
         nodes = linears(block.nodes)
         weights = {n.params["weight"]: block.weights[n.params["weight"]] for n in nodes}
         grid = {name: grid_for(self.grid, name) for name in weights}
-        target = block.outputs(exact, block.weights, own, EXACT, into=None if exact is rounded else exact)
+        ops = ops_for(g.bits for g in grid.values())
+        target = block.outputs(exact, block.weights, own, unrounded(ops), into=None if exact is rounded else exact)
         _check_finite(program, index, target, own)
 
         start = {name: min_max(w, grid[name], dtype) for name, w in weights.items()}
@@ -203,7 +204,7 @@ class FlexRound:
         x, wanted = share.rows(rounded, judged), share.rows(target, judged)
 
         def error(chosen: dict[str, QTensor]) -> float:
-            output = block.outputs(x, block.with_rounded(chosen), ids[judged.start : judged.stop])
+            output = block.outputs(x, block.with_rounded(chosen), ids[judged.start : judged.stop], ops)
             return relative_error(output, wanted, seen)
 
         found = self.ranks.each([partial(error, chosen) for chosen in candidates.values()])
@@ -220,7 +221,8 @@ class FlexRound:
             "curve": curve,
             "linears": [linear_record(n, params[n.params["weight"]], weights[n.params["weight"]]) for n in nodes],
         }
-        return Fit(params, record, target, block.outputs(rounded, block.with_rounded(params), own, into=rounded))
+        rounded = block.outputs(rounded, block.with_rounded(params), own, ops, into=rounded)
+        return Fit(params, record, target, rounded)
 
     def seen(self, program: Program, index: int) -> Seen:
         """How errors of block `index` count."""

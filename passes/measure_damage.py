@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.freed import give_back
-from tpvc.compiler.program import ROUNDERS, Grid, Program, QTensor
+from tpvc.compiler.program import Grid, Program, QTensor
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.quick import QUICK
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.tuning.parallel import ALONE, SharedStore
-from tpvc.passes.block import EXACT, Block, behind_prompts, embedded, spread
+from tpvc.passes.block import Block, behind_prompts, embedded, spread, unrounded
 from tpvc.passes.checks import check_float
 from tpvc.passes.grid import on_grid, to_nearest
 from tpvc.passes.grid_search import search
@@ -44,7 +44,7 @@ DRAWS = 8
 """Of a token for every position."""
 MEASURED = 4
 """Bits up to which a width is tried; a wider one is reckoned from this one."""
-FLOAT = {**QUICK, **{op: EXACT[op] for op in ROUNDERS}}
+FLOAT = unrounded(QUICK)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
     import torch
 
     from tpvc.compiler.program import linears
-    from tpvc.passes.block import EXACT, Block, spread
+    from tpvc.compiler.quick import ops_for
+    from tpvc.passes.block import Block, spread, unrounded
     from tpvc.passes.flexround import FlexRound
     from tpvc.passes.grid import min_max
 
@@ -141,8 +142,9 @@ def _learning(made: Any, dtype: Any, seed: int, device: str) -> tuple[float, flo
     count = max(AT_ONCE_WINDOWS, made.recipe.batch)
     ids = spread(count, len(program.adapters))
     x = torch.randn(count, made.seqlen, program.facts.hidden_size)
-    target = block.outputs(x, block.weights, ids, EXACT)
-    batch = _seconds(lambda: block.outputs(x, block.weights, ids, EXACT)) * AT_ONCE_WINDOWS / count
+    ops = unrounded(ops_for([made.grid.bits]))
+    target = block.outputs(x, block.weights, ids, ops)
+    batch = _seconds(lambda: block.outputs(x, block.weights, ids, ops)) * AT_ONCE_WINDOWS / count
 
     searched = _searching(made, [block.weights[name] for name in names], dtype) if made.recipe.searched else 0.0
 

@@ -9,6 +9,7 @@ from tpvc.compiler import interpret
 from tpvc.compiler.adapters.road import Road, Rotation
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Program, QTensor, linears, read
+from tpvc.compiler.quick import ops_for
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
 from tpvc.passes.bank_road import BankRoad
@@ -100,17 +101,19 @@ def test_nothing_is_kept_that_is_worse_than_nearest(program, tmp_path):
 
 
 @torch.no_grad()
-def test_streams_are_the_float_and_the_rounded_prefix(program, tmp_path):
-    """After the last block both streams equal the prefixes computed from scratch; block 0 starts from one stream."""
-    rounded = flex(tmp_path)(program)
+@pytest.mark.parametrize("grid", [GRID, replace(GRID, bits=8)], ids=str)
+def test_streams_are_the_float_and_the_rounded_prefix(program, tmp_path, grid):
+    """After the last block both streams equal the prefixes computed from scratch, with the products that go with the
+    width; block 0 starts from one stream."""
+    rounded, ops = flex(tmp_path, grid=grid)(program), ops_for([grid.bits])
     streams = store(tmp_path).streams(program.blocks - 1)
     ids = torch.full((len(windows()),), -1)
     exact = integer = embedded(program, windows(), ids)
     for index in range(program.blocks):
         block = Block(program, index, "cpu")
-        exact = block.outputs(exact, block.weights, ids)
+        exact = block.outputs(exact, block.weights, ids, ops)
         block = Block(rounded, index, "cpu")
-        integer = block.outputs(integer, block.weights, ids)
+        integer = block.outputs(integer, block.weights, ids, ops)
     assert torch.equal(streams["exact"], exact)
     assert torch.equal(streams["rounded"], integer)
 
@@ -131,7 +134,7 @@ def adapted(program: Program) -> Program:
 def test_every_window_runs_with_its_own_adapter_through_all_blocks(program, tmp_path):
     """Window by window: the streams are those of the base, of a and of b in turn."""
     banked = adapted(program)
-    flex(tmp_path)(banked)
+    flex(tmp_path, grid=replace(GRID, bits=8))(banked)  # with products in float32
     streams = store(tmp_path).streams(banked.blocks - 1)
     owners = spread(len(windows()), 2)
     assert owners[:4].tolist() == [-1, 0, 1, -1]

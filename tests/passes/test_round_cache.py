@@ -11,10 +11,11 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import architecture
 from tpvc.compiler.ops import head_codes, round_heads
 from tpvc.compiler.program import Grid, Program, linears, read, rounded_cache
+from tpvc.compiler.quick import ops_for
 from tpvc.compiler.store import BlockStore
 from tpvc.compiler.verify import verify
 from tpvc.kernels.rope_cache import int8_reference
-from tpvc.passes.block import EXACT, Block, embedded, spread
+from tpvc.passes.block import Block, embedded, spread, unrounded
 from tpvc.passes.flexround import RECIPES, FlexRound
 from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.round_cache import RoundCache, float_cache
@@ -114,11 +115,13 @@ def test_learning_sees_it(model, tmp_path):
     ids = spread(24, 0)[-3:]
     exact = embedded(program, windows()[-3:], ids)
     plain, block = Block(model(), 0, "cpu"), Block(program, 0, "cpu")
-    target = plain.outputs(exact, plain.weights, ids)
-    assert torch.equal(block.outputs(exact, block.weights, ids, EXACT), target)
+    ops = ops_for([GRID.bits])
+    target = plain.outputs(exact, plain.weights, ids, ops)
+    assert torch.equal(block.outputs(exact, block.weights, ids, unrounded(ops)), target)
     kept = {n.params["weight"]: read(rounded.params[n.params["weight"]]) for n in linears(program.block(0))}
     seen = seen_behind(program, 0)
-    own, other = (relative_error(b.outputs(exact, b.with_rounded(kept), ids), target, seen) for b in (block, plain))
+    outputs = (b.outputs(exact, b.with_rounded(kept), ids, ops) for b in (block, plain))
+    own, other = (relative_error(output, target, seen) for output in outputs)
     assert record["error"] == pytest.approx(own) and record["error"] != pytest.approx(other)
 
 
