@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tpvc
 from tpvc.compiler import charts, frontends, interpret
-from tpvc.compiler.adapters import combine_prompts, prompt_files, prompt_recipe
+from tpvc.compiler.adapters import combine_prompts, peft_directory, prompt_files, prompt_recipe
 from tpvc.compiler.adapters.fits import check_tuned_for
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.prompt_recipe import Part, Recipe
@@ -191,7 +191,7 @@ def _start(path: Path) -> tuple[Prompt, dict[str, Any]]:
     if path.suffix.lower() != ".safetensors":
         prompt = prompt_files.read(path, _named(path))
         own = prompt.start is not None
-        tensor, file = (prompt.start, prompt_files.START) if own else (prompt.values, prompt_files.WEIGHTS)
+        tensor, file = (prompt.start, prompt_files.START) if own else (prompt.values, peft_directory.WEIGHTS)
         record = {"directory": _named(path), "file": file, "sha256": sha256(path / file)}
         return Prompt(path.name, tensor, None, prompt.base, prompt.tokenizer), record
     if not path.is_file():
@@ -283,7 +283,7 @@ def _model(directory: Path) -> dict[str, Any]:
     said = prompt_files.made(directory).get("base")
     if isinstance(said, dict):
         return {key: value for key, value in said.items() if key != "weights"}
-    config = read_json(directory / prompt_files.CONFIG)
+    config = read_json(directory / peft_directory.CONFIG)
     return {
         "name": config.get("base_model_name_or_path"),
         "heads": config.get("num_attention_heads"),

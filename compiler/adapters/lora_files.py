@@ -9,18 +9,14 @@ Two float32 tensors for every adapted linear, whose path is that of the module i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save
-
+from tpvc.compiler.adapters import peft_directory
 from tpvc.compiler.adapters.lora import Lora
-from tpvc.compiler.adapters.road_files import CONFIG, ROOT, WEIGHTS, base
-from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.output import MANIFEST
-from tpvc.compiler.program import Program, linears
+from tpvc.compiler.adapters.peft_directory import ROOT, WEIGHTS
+from tpvc.compiler.adapters.road_files import base
+from tpvc.compiler.program import Program
 
 
 def write(lora: Lora, directory: Path, program: Program, extra: dict[str, Any]) -> None:
@@ -45,7 +41,7 @@ def write(lora: Lora, directory: Path, program: Program, extra: dict[str, Any]) 
         "r": lora.rank,
         "rank_pattern": {},
         "revision": None,
-        "target_modules": _targets(lora, program),
+        "target_modules": peft_directory.targets(lora.updates, program),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -53,24 +49,9 @@ def write(lora: Lora, directory: Path, program: Program, extra: dict[str, Any]) 
     tensors = {}
     for path, update in lora.updates.items():
         for part, value in (("lora_A", update.a), ("lora_B", update.b)):
-            plain = value.detach().cpu().float().clone(memory_format=torch.contiguous_format)
-            tensors[f"{ROOT}{path}.{part}.weight"] = plain
-    directory = Path(directory)
+            tensors[f"{ROOT}{path}.{part}.weight"] = value
     manifest = {**extra, "artefact": "lora", "base": base(program)}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
-        for name, value in ((CONFIG, config), (MANIFEST, manifest)):
-            (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TpvcError(f"'{directory}' cannot be written ({error.strerror or error}); choose another place") from error
-
-
-def _targets(lora: Lora, program: Program) -> list[str]:
-    """Last parts of names where they mean exactly these linears, full names otherwise; sorted."""
-    last = {name.rpartition(".")[2] for name in lora.updates}
-    meant = {n.name for n in linears(program.nodes) if n.name.rpartition(".")[2] in last}
-    return sorted(last if meant == set(lora.updates) else lora.updates)
+    peft_directory.write(directory, config, {WEIGHTS: tensors}, manifest)
 
 
 def _conv1d(program: Program) -> bool:

@@ -6,7 +6,7 @@
     tpvc.json                                        how it was made, and fingerprints of base and tokenizer
 
 Prefix tuning, p-tuning and multitask prompt tuning store a tensor of the same name that means something else. They are
-refused, and so is pickle (adapter_model.bin), which can run code.
+refused.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save
 from torch import Tensor
 
+from tpvc.compiler.adapters import peft_directory
+from tpvc.compiler.adapters.peft_directory import CONFIG, WEIGHTS
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.weights import FLOATS, read_json, stored_in
+from tpvc.compiler.frontends.weights import FLOATS, read_json
 from tpvc.compiler.output import MANIFEST
 from tpvc.compiler.program import Program
 from tpvc.compiler.sha256 import sha256
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 START = "start.safetensors"
 TENSOR, START_TENSOR = "prompt_embeddings", "start"
+WHAT = "a soft prompt"
 SHOWN = 4
 """Names of tensors in an error: a model's file has hundreds."""
 
@@ -69,17 +69,7 @@ def made(directory: str | Path) -> dict[str, Any]:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG
-    if not directory.is_dir():
-        raise TpvcError(f"'{directory}' is not a directory; expected one with {CONFIG} and {WEIGHTS}, as PEFT writes")
-    if not path.is_file():
-        raise TpvcError(f"{directory} has no {CONFIG}; expected the directory of a soft prompt")
-    config = read_json(path)
-    if config.get("peft_type") != "PROMPT_TUNING":
-        raise TpvcError(
-            f"{path} has peft_type = {config.get('peft_type')!r}; expected 'PROMPT_TUNING', a soft prompt: other kinds"
-            " store a tensor of the same name with another meaning"
-        )
+    path, config = directory / CONFIG, peft_directory.read_config(directory, "PROMPT_TUNING", WHAT)
     if config.get("task_type") not in ("CAUSAL_LM", None) or config.get("num_transformer_submodules") not in (1, None):
         raise TpvcError(
             f"{path} has task_type = {config.get('task_type')!r} with {config.get('num_transformer_submodules')} parts;"
@@ -90,14 +80,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 def tensor(path: Path, *names: str) -> Tensor:
     """float32 [n, D] from a safetensors file, in which it has one of these names."""
-    if not path.is_file():
-        if path.with_name(PICKLE).is_file():
-            raise TpvcError(
-                f"{path.parent} holds its weights as pickle ({PICKLE}), which can run code when read and is refused;"
-                " load it with PEFT and save it again, which writes safetensors"
-            )
-        raise TpvcError(f"{path.parent} has no {path.name}; expected the directory of a soft prompt")
-    found = stored_in(path)
+    found = peft_directory.open_tensors(path, WHAT)
     known = [name for name in names if name in found]
     if len(known) != 1:
         some = sorted(found)[:SHOWN] + ([f"{len(found) - SHOWN} more"] if len(found) > SHOWN else [])
@@ -142,19 +125,12 @@ def write(prompt: Prompt, directory: Path, model: Mapping[str, Any], extra: Mapp
         "tokenizer_kwargs": None,
         "tokenizer_name_or_path": None,
     }
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / WEIGHTS).write_bytes(save({TENSOR: _plain(prompt.values)}, {"format": "pt"}))
-        if prompt.start is not None:
-            (directory / START).write_bytes(save({START_TENSOR: _plain(prompt.start)}, {"format": "pt"}))
-        _json(directory / CONFIG, config)
-        _json(
-            directory / MANIFEST,
-            {**extra, "artefact": "prompt", "base": {**model, "weights": prompt.base}, "tokenizer": prompt.tokenizer},
-        )
-    except OSError as error:
-        raise TpvcError(f"'{directory}' cannot be written ({error.strerror or error}); choose another place") from error
+    files = {WEIGHTS: {TENSOR: prompt.values}}
+    if prompt.start is not None:
+        files[START] = {START_TENSOR: prompt.start}
+    base = {**model, "weights": prompt.base}
+    manifest = {**extra, "artefact": "prompt", "base": base, "tokenizer": prompt.tokenizer}
+    peft_directory.write(directory, config, files, manifest)
 
 
 def about(program: Program) -> dict[str, Any]:
@@ -198,11 +174,3 @@ def _float_files(made: Mapping[str, Any]) -> dict[str, str] | None:
 def tokenizer_print(tokenizer: Any) -> str:
     """Hex digest of a vocabulary: every token with its id."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().to(torch.float32).clone(memory_format=torch.contiguous_format)
-
-
-def _json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ of the module in transformers' causal language model, which is also the name of 
 
     base_model.model.model.layers.0.self_attn.q_proj.road_theta        base_model.model.<path>.road_alpha
 
-One variant and one group size hold for the whole directory. Pickle (adapter_model.bin) can run code and is refused.
+One variant and one group size hold for the whole directory.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
+from tpvc.compiler.adapters import peft_directory
 from tpvc.compiler.adapters.fits import check_fits
+from tpvc.compiler.adapters.peft_directory import CONFIG, ROOT, WEIGHTS
 from tpvc.compiler.adapters.road import STORED, Road, Rotation
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.frontends.weights import FLOATS, Stored, read_json, stored_in
+from tpvc.compiler.frontends.weights import FLOATS, Stored, read_json
 from tpvc.compiler.output import MANIFEST
 from tpvc.compiler.program import Program, QTensor, linears
 from tpvc.compiler.program import read as read_parameter
 from tpvc.compiler.sha256 import sha256
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-ROOT = "base_model.model."
 PARTS = ("road_theta", "road_alpha")
 VARIANT, GROUP = "road_1", 64
 """What a config without these fields means."""
+WHAT = "a RoAd adapter"
 
 
 def read(directory: Path, program: Program, name: str) -> Road:
@@ -65,14 +65,7 @@ def read(directory: Path, program: Program, name: str) -> Road:
 
 def _layout(directory: Path) -> tuple[str, int]:
     """Variant and group size from adapter_config.json."""
-    path = directory / CONFIG
-    if not directory.is_dir():
-        raise TpvcError(f"'{directory}' is not a directory; expected one with {CONFIG} and {WEIGHTS}, as PEFT writes")
-    if not path.is_file():
-        raise TpvcError(f"{directory} has no {CONFIG}; expected the directory of a PEFT adapter")
-    config = read_json(path)
-    if config.get("peft_type") != "ROAD":
-        raise TpvcError(f"{path} has peft_type = {config.get('peft_type')!r}; expected 'ROAD', a RoAd adapter")
+    path, config = directory / CONFIG, peft_directory.read_config(directory, "ROAD", WHAT)
     variant, group = config.get("variant", VARIANT), config.get("group_size", GROUP)
     if not isinstance(variant, str) or variant not in STORED:
         meant = f"road_{variant}" if f"road_{variant}" in STORED else VARIANT
@@ -85,18 +78,11 @@ def _layout(directory: Path) -> tuple[str, int]:
 def _tensors(directory: Path, program: Program) -> dict[str, dict[str, Stored]]:
     """{name of a linear: {"road_theta": ..., "road_alpha": ...}}; every tensor is used or refused."""
     path = directory / WEIGHTS
-    if not path.is_file():
-        if (directory / PICKLE).is_file():
-            raise TpvcError(
-                f"{directory} holds its weights as pickle ({PICKLE}), which can run code when read and is refused;"
-                " load it with PEFT and save it again, which writes safetensors"
-            )
-        raise TpvcError(f"{directory} has no {WEIGHTS}; expected the directory of a PEFT adapter")
     names = [n.name for n in linears(program.nodes)]
     root = names[0].split(".")[0]
     whole = {f"{n.name}.{role}": param for n in program.nodes for role, param in n.params.items()}
     found: dict[str, dict[str, Stored]] = {}
-    for key, stored in stored_in(path).items():
+    for key, stored in peft_directory.open_tensors(path, WHAT).items():
         module, _, part = key.removeprefix(ROOT).rpartition(".")
         if part in PARTS:
             home = found.setdefault(_known(module, names, root), {})
@@ -176,29 +162,16 @@ def write(road: Road, directory: Path, program: Program, extra: dict[str, Any]) 
         "modules_to_save": None,
         "peft_type": "ROAD",
         "revision": None,
-        "target_modules": targets(road, program),
+        "target_modules": peft_directory.targets(road.rotations, program),
         "task_type": "CAUSAL_LM",
         "variant": variant,
     }
     tensors = {}
     for path, rotation in road.rotations.items():
         for part, value in zip(PARTS, (rotation.theta, rotation.alpha), strict=True):
-            tensors[f"{ROOT}{path}.{part}"] = value.detach().cpu().float().clone(memory_format=torch.contiguous_format)
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
-        _write_json(directory / CONFIG, config)
-        _write_json(directory / MANIFEST, {**extra, "artefact": "road", "base": base(program)})
-    except OSError as error:
-        raise TpvcError(f"'{directory}' cannot be written ({error.strerror or error}); choose another place") from error
-
-
-def targets(road: Road, program: Program) -> list[str]:
-    """`target_modules`: last parts of names where they mean exactly these linears, full names otherwise; sorted."""
-    last = {name.rpartition(".")[2] for name in road.rotations}
-    meant = {n.name for n in linears(program.nodes) if n.name.rpartition(".")[2] in last}
-    return sorted(last if meant == set(road.rotations) else road.rotations)
+            tensors[f"{ROOT}{path}.{part}"] = value
+    manifest = {**extra, "artefact": "road", "base": base(program)}
+    peft_directory.write(directory, config, {WEIGHTS: tensors}, manifest)
 
 
 def base(program: Program) -> dict[str, Any] | None:
@@ -218,7 +191,3 @@ def made_for(directory: Path) -> Any:
     path = Path(directory) / MANIFEST
     said = read_json(path).get("base") if path.is_file() else None
     return said.get("files") if isinstance(said, dict) else None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

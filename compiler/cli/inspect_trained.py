@@ -12,7 +12,6 @@ from typing import Any
 from tpvc.compiler import units
 from tpvc.compiler.errors import TpvcError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = {"PROMPT_TUNING": "a soft prompt", "ROAD": "a RoAd adapter", "LORA": "a LoRA adapter"}
 TOLD = {
     "base_model_name_or_path": "base",
@@ -30,6 +29,7 @@ TOLD = {
 
 def trained_facts(path: Path) -> dict[str, Any] | None:
     """Facts, JSON-able, about an adapter's folder or an importance file; None for anything else."""
+    from tpvc.compiler.adapters.peft_directory import CONFIG
     from tpvc.compiler.tuning import importance_file
 
     if (path / CONFIG).is_file():
@@ -40,6 +40,7 @@ def trained_facts(path: Path) -> dict[str, Any] | None:
 
 
 def adapter_facts(folder: Path) -> dict[str, Any]:
+    from tpvc.compiler.adapters.peft_directory import CONFIG, WEIGHTS
     from tpvc.compiler.frontends.weights import read_json, stored_in
     from tpvc.compiler.output import MANIFEST
 

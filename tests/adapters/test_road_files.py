@@ -12,6 +12,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tpvc.compiler.adapters import road_files
+from tpvc.compiler.adapters.peft_directory import CONFIG, PICKLE, WEIGHTS
 from tpvc.compiler.adapters.road import Road, identity, rotate
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends import load
@@ -143,7 +144,7 @@ def test_peft_both_ways(models, tmp_path, family, variant, group, chosen):
     assert torch.equal(theirs(loaded), wanted)
     names = {n for n, _ in with_peft.named_modules() if n.endswith("road_theta")}
     assert {n for n, _ in loaded.named_modules() if n.endswith("road_theta")} == names
-    stored = [load_file(tmp_path / d / road_files.WEIGHTS) for d in ("theirs", "ours")]
+    stored = [load_file(tmp_path / d / WEIGHTS) for d in ("theirs", "ours")]
     assert stored[0].keys() == stored[1].keys()
     assert all(torch.equal(stored[0][n], stored[1][n]) for n in stored[0])
 
@@ -152,19 +153,19 @@ def test_an_adapted_head_and_the_copy_of_the_base_that_peft_stores_with_it(model
     model, program = models["llama"]
     with_peft = adapted(model, "road_2", 64, ["lm_head", "o_proj"], task_type="CAUSAL_LM")
     with_peft.save_pretrained(tmp_path / "theirs")
-    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "theirs" / road_files.WEIGHTS)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "theirs" / WEIGHTS)
     road = road_files.read(tmp_path / "theirs", program, "task")
     assert "lm_head" in road.rotations
     wanted = theirs(with_peft)
     torch.testing.assert_close(ours(program, road), wanted, rtol=0, atol=tolerance(program, wanted))
     road_files.write(road, tmp_path / "ours", program, {})
-    assert road_files.read_json(tmp_path / "ours" / road_files.CONFIG)["target_modules"] == ["lm_head", "o_proj"]
+    assert road_files.read_json(tmp_path / "ours" / CONFIG)["target_modules"] == ["lm_head", "o_proj"]
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
     assert torch.equal(theirs(loaded), wanted)
 
-    tensors = load_file(tmp_path / "theirs" / road_files.WEIGHTS)
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
     tensors["base_model.model.lm_head.base_layer.weight"][0, 0] += 1
-    save_file(tensors, tmp_path / "theirs" / road_files.WEIGHTS)
+    save_file(tensors, tmp_path / "theirs" / WEIGHTS)
     with pytest.raises(TpvcError, match=r"lm_head\.base_layer\.weight.*of its own"):
         road_files.read(tmp_path / "theirs", program, "task")
 
@@ -177,7 +178,7 @@ def test_an_adapter_of_the_model_without_its_head(models, tmp_path, family):
     torch.manual_seed(0)
     config = peft.RoadConfig(group_size=8, target_modules=["v_proj"], init_weights=False)
     peft.get_peft_model(whole.model, config).eval().save_pretrained(tmp_path)
-    assert not any("base_model.model.model." in n for n in load_file(tmp_path / road_files.WEIGHTS))
+    assert not any("base_model.model.model." in n for n in load_file(tmp_path / WEIGHTS))
     wanted = theirs(whole)
     road = road_files.read(tmp_path, program, "task")
     torch.testing.assert_close(ours(program, road), wanted, rtol=0, atol=tolerance(program, wanted))
@@ -250,7 +251,7 @@ def test_a_round_trip_keeps_every_bit_and_repeats(models, tmp_path, variant, gro
     for name in ("a", "b"):
         road_files.write(road, tmp_path / name, program, {"tpvc": "1", "options": {"lr": 0.1}})
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == [road_files.CONFIG, road_files.WEIGHTS, "tpvc.json"]
+    assert files == [CONFIG, WEIGHTS, "tpvc.json"]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     back = road_files.read(tmp_path / "a", program, "other")
     assert back.name == "other" and list(back.rotations) == list(road.rotations)
@@ -259,7 +260,7 @@ def test_a_round_trip_keeps_every_bit_and_repeats(models, tmp_path, variant, gro
         assert torch.equal(back.rotations[key].alpha, rotation.alpha)
     assert back.origin == {
         "directory": str(tmp_path / "a"),
-        "sha256": sha256(tmp_path / "a" / road_files.WEIGHTS),
+        "sha256": sha256(tmp_path / "a" / WEIGHTS),
         "variant": variant,
         "group": group,
     }
@@ -273,18 +274,10 @@ def test_the_config_is_peft_s(models, tmp_path, drawn):
     with_peft = adapted(model, "road_4", 8, ["q_proj", "down_proj"], task_type="CAUSAL_LM")
     with_peft.save_pretrained(tmp_path / "theirs")
     road_files.write(some(program, drawn), tmp_path / "ours", program, {})
-    wanted, got = (json.loads((tmp_path / d / road_files.CONFIG).read_text()) for d in ("theirs", "ours"))
+    wanted, got = (json.loads((tmp_path / d / CONFIG).read_text()) for d in ("theirs", "ours"))
     assert sorted(wanted.pop("target_modules")) == got.pop("target_modules") == ["down_proj", "q_proj"]
     wanted |= {"base_model_name_or_path": program.source.name, "init_weights": True}
     assert {k: v for k, v in wanted.items() if k != "peft_version"} == got
-
-
-def test_targets_are_last_names_only_where_these_mean_the_same(models, drawn):
-    _, program = models["llama"]
-    every = some(program, drawn)
-    assert road_files.targets(every, program) == ["down_proj", "q_proj"]
-    part = Road("task", {n: r for n, r in every.rotations.items() if n != "model.layers.1.self_attn.q_proj"})
-    assert road_files.targets(part, program) == sorted(part.rotations)
 
 
 def test_an_adapter_of_an_integer_base(models, tmp_path, drawn):
@@ -320,7 +313,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
 
 def config(**fields):
     def change(directory):
-        path = directory / road_files.CONFIG
+        path = directory / CONFIG
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
     return change
@@ -330,40 +323,40 @@ def tensors(**changed):
     """Tensors of layer 0's q_proj (theta=, alpha=) or others (by full name, "__" for "."); None removes one."""
 
     def change(directory):
-        held = load_file(directory / road_files.WEIGHTS)
+        held = load_file(directory / WEIGHTS)
         for key, value in changed.items():
             name = f"{Q}road_{key}" if key in ("theta", "alpha") else key.replace("__", ".")
             held.pop(name, None)
             if value is not None:
                 held[name] = value
-        save_file(held, directory / road_files.WEIGHTS)
+        save_file(held, directory / WEIGHTS)
 
     return change
 
 
 def spoiled(index, value, part="theta"):
     def change(directory):
-        held = load_file(directory / road_files.WEIGHTS)
+        held = load_file(directory / WEIGHTS)
         held[f"{Q}road_{part}"][index] = value
-        save_file(held, directory / road_files.WEIGHTS)
+        save_file(held, directory / WEIGHTS)
 
     return change
 
 
 def pickled(directory):
-    torch.save({}, directory / road_files.PICKLE)
-    (directory / road_files.WEIGHTS).unlink()
+    torch.save({}, directory / PICKLE)
+    (directory / WEIGHTS).unlink()
 
 
 def cut(directory):
-    path = directory / road_files.WEIGHTS
+    path = directory / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def renamed(old, new):
     def change(directory):
-        held = load_file(directory / road_files.WEIGHTS)
-        save_file({n.replace(old, new): t for n, t in held.items()}, directory / road_files.WEIGHTS)
+        held = load_file(directory / WEIGHTS)
+        save_file({n.replace(old, new): t for n, t in held.items()}, directory / WEIGHTS)
 
     return change
 
@@ -379,8 +372,8 @@ def overwritten(name, text):
 VARIANT_WORDS = "expected one of road_1, road_2, road_4, perhaps"
 GROUP_WORDS = "expected an even number, at least 2"
 BAD = {
-    "config-missing": (remove(road_files.CONFIG), "has no adapter_config.json; expected"),
-    "weights-missing": (remove(road_files.WEIGHTS), "has no adapter_model.safetensors; expected"),
+    "config-missing": (remove(CONFIG), "has no adapter_config.json; expected"),
+    "weights-missing": (remove(WEIGHTS), "has no adapter_model.safetensors; expected"),
     "pickle": (pickled, r"pickle \(adapter_model.bin\), which can run code.*load it with PEFT and save it again"),
     "lora": (config(peft_type="LORA"), "peft_type = 'LORA'; expected 'ROAD'"),
     "no-type": (config(peft_type=None), "peft_type = None; expected 'ROAD'"),
@@ -400,12 +393,12 @@ BAD = {
     "group-list": (config(group_size=[8]), GROUP_WORDS),
     "group-not-dividing": (config(group_size=48), r"group size 48 does not divide the 128 outputs of '.*q_proj'"),
     "group-huge": (config(group_size=10**30), "does not divide the 128 outputs"),
-    "config-array": (overwritten(road_files.CONFIG, "[1]"), "holds a list; expected a JSON object"),
-    "config-damaged": (overwritten(road_files.CONFIG, '{"peft_type": "ROAD"'), "cannot be read as JSON"),
+    "config-array": (overwritten(CONFIG, "[1]"), "holds a list; expected a JSON object"),
+    "config-damaged": (overwritten(CONFIG, '{"peft_type": "ROAD"'), "cannot be read as JSON"),
     "weights-cut": (cut, "is not a complete safetensors file"),
-    "weights-empty": (overwritten(road_files.WEIGHTS, ""), "is not a complete safetensors file"),
-    "weights-text": (overwritten(road_files.WEIGHTS, "version https://git-lfs"), "is not a complete safetensors file"),
-    "no-tensors": (lambda d: save_file({}, d / road_files.WEIGHTS), "holds no rotation; expected tensors like"),
+    "weights-empty": (overwritten(WEIGHTS, ""), "is not a complete safetensors file"),
+    "weights-text": (overwritten(WEIGHTS, "version https://git-lfs"), "is not a complete safetensors file"),
+    "no-tensors": (lambda d: save_file({}, d / WEIGHTS), "holds no rotation; expected tensors like"),
     "no-alpha": (tensors(alpha=None), r"q_proj\.road_theta' but no 'road_alpha' beside it"),
     "no-theta": (tensors(theta=None), r"q_proj\.road_alpha' but no 'road_theta' beside it"),
     "shorter-alpha": (
@@ -472,7 +465,7 @@ def test_absent_fields_have_peft_s_defaults(models, tmp_path):
     _, program = models["llama"]
     road = Road("task", {"model.layers.0.self_attn.q_proj": identity("road_1", 64, 128)})
     road_files.write(road, tmp_path, program, {})
-    (tmp_path / road_files.CONFIG).write_text('{"peft_type": "ROAD"}')
+    (tmp_path / CONFIG).write_text('{"peft_type": "ROAD"}')
     back = road_files.read(tmp_path, program, "task")
     assert {(r.variant, r.group) for r in back.rotations.values()} == {("road_1", 64)}
 
@@ -481,7 +474,7 @@ def test_absent_fields_have_peft_s_defaults(models, tmp_path):
 def test_half_precision_numbers_become_float32(models, tmp_path, dtype, drawn):
     _, program = models["llama"]
     road_files.write(some(program, drawn), tmp_path, program, {})
-    held = {n: t.to(dtype) for n, t in load_file(tmp_path / road_files.WEIGHTS).items()}
-    save_file(held, tmp_path / road_files.WEIGHTS)
+    held = {n: t.to(dtype) for n, t in load_file(tmp_path / WEIGHTS).items()}
+    save_file(held, tmp_path / WEIGHTS)
     for name, rotation in road_files.read(tmp_path, program, "task").rotations.items():
         assert torch.equal(rotation.theta, held[f"base_model.model.{name}.road_theta"].float())
