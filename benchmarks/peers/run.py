@@ -37,6 +37,8 @@ from rows import AGAINST, ENVIRONMENTS, METHODS, ROOT, SCHEMES, Row, chosen, row
 from table import FLOAT, markdown
 
 HERE = Path(__file__).resolve().parent
+UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Flags of a processor that say how fast it multiplies: two of one name may differ in them."""
 WINDOWS = {"calibration": (128, 256), "test": (40, 512)}
 """Windows and tokens a window."""
 
@@ -245,12 +247,15 @@ def told(home: str, args: argparse.Namespace) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor's name, its cores, those that this process may use, memory in GiB, and the system."""
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    """The processor's name and UNITS, its cores, those that this process may use, memory in GiB, and the system."""
+    told = [line.partition(":") for line in _lines("/proc/cpuinfo")]
+    names = [value.strip() for key, _, value in told if key.strip() == "model name"]
+    flags = next((value.split() for key, _, value in told if key.strip() == "flags"), [])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = {"cores": os.cpu_count(), "usable_cores": len(os.sched_getaffinity(0))}
     return {
         "cpu": (names or [platform.processor()])[0],
+        "units": [unit for unit in UNITS if unit in flags],
         **cores,
         "gib": round(memory, 1),
         "system": platform.platform(),
