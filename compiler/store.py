@@ -95,8 +95,9 @@ class BlockStore:
         """Write the streams that leave a block, before it is saved; a share each where there are several."""
         _write(self._stream(block, share), dict(streams), {})
 
-    def streams(self, block: int, share: int = 0) -> dict[str, torch.Tensor]:
-        """The streams saved with `block`; TpvcError where they are missing or damaged."""
+    def streams(self, block: int, *names: str, share: int = 0) -> dict[str, torch.Tensor]:
+        """The streams saved with `block`, or those of them with these names; TpvcError where they are missing or
+        damaged."""
         path = self._stream(block, share)
         if _verified(path) is None:
             raise TpvcError(
@@ -104,7 +105,7 @@ class BlockStore:
                 f"'{self.directory}' and begin again"
             )
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names or file.keys()}
 
     def _block(self, block: int) -> Path:
         return self.directory / f"block-{block:05}.safetensors"

@@ -156,7 +156,7 @@ class Streams:
 
     @cached_property
     def last(self) -> Tensor:
-        return self.blocks.streams(self.program.blocks - 1)["exact"]
+        return self.blocks.streams(self.program.blocks - 1, "exact")["exact"]
 
 
 @dataclass(frozen=True, eq=False)

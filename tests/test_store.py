@@ -56,6 +56,7 @@ def test_a_block_comes_back_bit_for_bit(tmp_path, scale_dtype):
     assert told == record
     for name, was in streams(0).items():
         assert torch.equal(store.streams(0)[name], was)
+        assert list(store.streams(0, name)) == [name] and torch.equal(store.streams(0, name)[name], was)
     assert store.finished(1) is None
 
 

@@ -47,8 +47,8 @@ class Nowhere:
     def finished(self, block: int) -> None:
         return None
 
-    def streams(self, block: int) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+    def streams(self, block: int, *names: str) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(self.shapes[name]) for name in names or self.shapes}
 
     def save(self, index: int, params: Mapping[str, QTensor], record: dict, streams: dict | None) -> dict[str, Lazy]:
         """Makes what a block's file is written from."""

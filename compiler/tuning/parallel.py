@@ -130,8 +130,8 @@ class SharedStore:
     def finished(self, block: int) -> tuple[dict[str, Lazy], dict] | None:
         return self.inner.finished(block)
 
-    def streams(self, block: int) -> dict[str, Tensor]:
-        return self.inner.streams(block, self.share)
+    def streams(self, block: int, *names: str) -> dict[str, Tensor]:
+        return self.inner.streams(block, *names, share=self.share)
 
     def save(
         self, block: int, params: Mapping[str, QTensor], record: dict, streams: Mapping[str, Tensor] | None
