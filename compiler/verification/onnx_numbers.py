@@ -190,7 +190,8 @@ def _check_equal(file: File, name: str, found: np.ndarray | None, wanted: np.nda
 
 
 def _blocked(file: File, name: str, codes: np.ndarray, grid: Grid) -> QTensor:
-    """DequantizeLinear: codes [K, N], signed around zero where there are no zero points; scales [N] or [blocks, N]."""
+    """DequantizeLinear: codes [K, N], signed around zero where there are no zero points; scales [N] or [blocks, N]. A
+    symmetric grid may have its middle as zero point."""
     columns, rows = codes.shape
     groups = columns // grid.columns(columns)
 
@@ -204,10 +205,14 @@ def _blocked(file: File, name: str, codes: np.ndarray, grid: Grid) -> QTensor:
         _check_equal(file, f"{name}.{part}", values, np.broadcast_to(values[..., :1], values.shape))
         return torch.from_numpy(values[..., 0].copy())
 
-    shift = 0 if not grid.symmetric else 1 << grid.bits - 1
+    middle = 1 << grid.bits - 1
+    stored = not grid.symmetric or f"{name}.zeros" in file
+    zero = by_group("zeros").to(torch.uint8) if stored else None
+    if grid.symmetric and zero is not None:
+        _check_equal(file, f"{name}.zeros", zero.numpy(), np.full(zero.shape, middle, np.uint8))
+    shift = middle if zero is None else 0
     whole = torch.from_numpy(np.ascontiguousarray(codes.astype(np.int16).T) + shift)
-    zero = None if grid.symmetric else by_group("zeros").to(torch.uint8)
-    return QTensor(whole.to(torch.uint8), by_group("scales"), zero, grid)
+    return QTensor(whole.to(torch.uint8), by_group("scales"), None if grid.symmetric else zero, grid)
 
 
 def _table(file: File, name: str, grid: Grid | None) -> QTensor:

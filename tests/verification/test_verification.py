@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import onnx_ir as ir
 import pytest
@@ -16,6 +17,7 @@ from tpvc.compiler.program import Grid, dense, linears
 from tpvc.compiler.verification import check_written, verify
 from tpvc.compiler.verification.logits import Expected
 from tpvc.compiler.verification.matrices import check_same
+from tpvc.passes.round_activations import RoundActivations
 from tpvc.passes.round_to_nearest import quantize
 
 UP = "model.layers.1.mlp.up_proj"
@@ -146,6 +148,21 @@ def test_a_flipped_bit_in_the_portable_twin(made, copy, with_hashes, part, said)
     refused([made["transformers"], folder], rf"portable/model.onnx' holds .* as {said}")
 
 
+def test_bytes_that_meet_static_bytes_have_their_middle_as_zero_point(tiny_llama, tmp_path):
+    program = frontends.load(tiny_llama)
+    weights = [n.params["weight"] for n in linears(program.nodes) if n.block is not None]
+    program = program.with_params({w: quantize(dense(program.params[w]), Grid(8, -1, True)) for w in weights})
+    program = RoundActivations("int8-static")(program)
+    told = {"scale": 0.02, "zero": 3}
+    nodes = (replace(n, attrs=told) if n.op == "round_tensor" else n for n in program.nodes)
+    program = replace(program, nodes=tuple(nodes))
+    onnx.emit(program, tmp_path, None, portable=True)
+    check_written(tmp_path, program)
+    change_data(tmp_path / "portable", f"{UP}.weight.zeros")
+    with pytest.raises(TpvcError, match=r"holds 129 in '.*up_proj.weight.zeros' at .*, where 128 is implied"):
+        check_written(tmp_path, program)
+
+
 def test_what_the_graph_computes_counts_too(made, copy, with_hashes):
     """A bit that is no parameter: epsilon of the last norm."""
     import onnx
@@ -239,8 +256,6 @@ def test_a_tolerance_is_no_blank_cheque(made):
 
 
 def test_groups_of_other_sizes_are_the_same_numbers(made):
-    from dataclasses import replace
-
     q = made["program"].params[f"{UP}.weight"]
     halves = replace(q, scale=q.scale.repeat_interleave(2, 1), zero=q.zero.repeat_interleave(2, 1))
     check_same("w", q, halves, "b", "a")

@@ -20,7 +20,7 @@ from tpvc.compiler.backends.onnx.adapters import INPUT, bank
 from tpvc.compiler.backends.onnx.fusions import NOTHING, Plan, features, head_dim
 from tpvc.compiler.backends.onnx.graph import Graph
 from tpvc.compiler.ops import ROW_FLOOR, ROW_RANGE
-from tpvc.compiler.program import Node, Program, dense, grid_of, read
+from tpvc.compiler.program import Node, Program, dense, grid_of, input_grids, read
 
 LAST = np.iinfo(np.int64).max
 
@@ -101,7 +101,8 @@ def linear(c: Context, node: Node) -> ir.Value:
     g, name = c.graph, node.params["weight"]
     parameter = c.program.params[name]
     if grid_of(parameter) is not None:
-        matrix = g.once(("dequantised", name), lambda: weights.dequantize_linear(g, name, read(parameter)))
+        static = name in input_grids(c.program)
+        matrix = g.once(("dequantised", name), lambda: weights.dequantize_linear(g, name, read(parameter), static))
     elif shared_with_embedding(c, name):
         matrix = g.op("Transpose", float_table(c, name), name=node.name, perm=[1, 0])
     else:

@@ -39,14 +39,21 @@ def add_packed(g: Graph, name: str, q: QTensor) -> tuple[Packed, list[ir.Value]]
     return packed, values
 
 
-def dequantize_linear(g: Graph, name: str, q: QTensor) -> ir.Value:
+def dequantize_linear(g: Graph, name: str, q: QTensor, meets_bytes: bool = False) -> ir.Value:
     """`q` transposed, float32 [K, N], as a DequantizeLinear node over codes stored [K, N].
 
     Up to 4 bits lie in (u)int4, more in (u)int8; signed without zero points when symmetric. Groups are cut into the
     blocks of MatMulNBits where that is exact, so that ONNX Runtime can fuse the node, and stay as they are otherwise.
+
+    meets_bytes  the other factor is a DequantizeLinear node too, so that ONNX Runtime multiplies integers. On x86
+                 processors without VNNI it then adds pairs of uint8 * int8 in 16 bits, which overflow without a word
+                 (its option session.x64quantprecision is for that), and uint8 * uint8 in 32: symmetric codes of more
+                 than 4 bits are stored as bytes, with their middle as the zero point
     """
     rows, columns = q.shape
     bits = 4 if q.grid.bits <= 4 else 8
+    if meets_bytes and bits == 8 and q.zero is None:
+        q = replace(q, zero=torch.full(q.scale.shape, 1 << q.grid.bits - 1, dtype=torch.uint8))
     layout = layout_of(q.grid, columns)
     per_row = layout.runs == 1
     block = layout.group if layout.spreads else layout.block

@@ -63,6 +63,12 @@ def test_on_one_grid_for_all_tokens(family, portable, tiny, tmp_path):
     assert rms(got - expected) <= limit
     proto = onnx.load((tmp_path / "portable" if portable else tmp_path) / "model.onnx", load_external_data=False)
     assert sum(n.op_type == "QuantizeLinear" for n in proto.graph.node) == len(grids)
+    # DequantizeLinear on both sides of a product: integers are multiplied, and uint8 * int8 overflow without VNNI
+    kind = {t.name: t.data_type for t in proto.graph.initializer}
+    made_by = {n.output[0]: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
+    products = [[made_by.get(i) for i in n.input] for n in proto.graph.node if n.op_type == "MatMul"]
+    codes = [kind[b.input[0]] for a, b in products if a is not None and b is not None]
+    assert codes == [onnx.TensorProto.UINT8] * len(codes) and bool(codes) == portable
 
 
 def test_it_stays_in_standard_operators(tiny, tmp_path):
