@@ -16,13 +16,13 @@ def peak(model, method="flexround", nsamples=16, head_bits=8, sampled=0, device=
 
 
 def test_more_text_is_more_memory(tiny_llama):
-    """Two streams of float32, which every block overwrites; in the closing step what enters the first block, and the
-    two that the last one left. A tenth for tokens; with less text the peak may lie elsewhere."""
+    """Two streams of float32, which every block overwrites; in the closing step what enters the first block, and what
+    leaves the last one in float. A tenth for tokens; with less text the peak may lie elsewhere."""
     stream = 512 * 256 * 64 * 4  # more than MAPPED
-    for recipe, streams in (("fast", 2), ("default", 3)):
+    for recipe in ("fast", "default"):
         few, many = (peak(tiny_llama, nsamples=n, recipe=recipe) for n in (512, 1024))
         assert few.device == 0
-        assert streams * stream < many.host - few.host < (streams + 0.1) * stream
+        assert 2 * stream < many.host - few.host < 2.1 * stream
 
 
 def test_nearest_takes_less_and_no_text(tiny_llama):
