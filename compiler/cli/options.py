@@ -73,17 +73,6 @@ def road_argument(directory: Path) -> str:
     return quote(str(directory) if NAME.fullmatch(directory.name) else f"adapter={directory}")
 
 
-def fields(option: str, given: tuple[str, ...]) -> dict[str, str] | None:
-    """{"text": "sentence"} of ("text=sentence",), None of nothing; `option` says what is on either side."""
-    found: dict[str, str] = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals or not key or not value or key in found:
-            raise TpvcError(f"found {option.split()[0]} '{item}', expected {option}, each once")
-        found[key] = value
-    return found or None
-
-
 def targets_of(given: str | None) -> str | list[str] | None:
     """What was typed after --targets: a name that stands for many, or last parts of names with commas between."""
     if given in (None, "all-linear", "all"):

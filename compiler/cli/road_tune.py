@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import click
 
 from tpvc.compiler.cli import console
-from tpvc.compiler.cli.options import check_device, fields, road_argument
+from tpvc.compiler.cli.options import road_argument, targets_of
+from tpvc.compiler.cli.tune import example_options, examples_of, schedule_options, show, tuned
 
 
 @click.command(
@@ -33,13 +33,7 @@ The directory is what PEFT loads, with tpvc.json and report.html. Use it with
 A run that was interrupted goes on where it stopped when the same command is given again.
 """,
 )
-@click.argument("model")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--data", required=True, metavar="FILE", help="Examples: .jsonl, .csv or .tsv.")
-@click.option("--validation", metavar="FILE", help="Examples to choose by.  [default: every tenth of --data]")
-@click.option("--template", help="The prompt of a text and label example, with {field} places.  [default: {text}\\n]")
-@click.option("--column", "column", multiple=True, metavar="FIELD=COLUMN", help="A column by another name.")
-@click.option("--label", "label", multiple=True, metavar="VALUE=WORDS", help="What is written for a label's value.")
+@example_options
 @click.option(
     "--variant", default="road_1", show_default=True, help="road_1, road_2 or road_4: n, 2n or 4n numbers a linear."
 )
@@ -57,56 +51,30 @@ A run that was interrupted goes on where it stopped when the same command is giv
     show_default=True,
     help="Train all pairs of outputs, or one half of them.",
 )
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True)
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of epochs.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--lr", type=float, default=3e-3, show_default=True, help="The highest rate; linear up, then down to 0.")
-@click.option("--warmup", type=float, default=0.1, show_default=True, help="Share of the steps on which it climbs.")
-@click.option("--max-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of an example.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if tpvc wrote it.")
-@console.json_option
-def command(
-    model: str,
-    out: Path,
-    data: str,
-    column: tuple[str, ...],
-    label: tuple[str, ...],
-    targets: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@schedule_options(epochs=3.0, batch_size=16, lr=3e-3, fall="down to 0", warmup=0.1)
+def command(model: str, data: str, out: Path, targets: str, as_json: bool, **options: Any) -> None:
     """Train a RoAd adapter for MODEL on examples.
 
     RoAd rotates and scales pairs of every linear's outputs. The weights do not change; they may be integers.
     """
-    check_device(options["device"])
-    options["columns"] = fields("--column FIELD=COLUMN", column)
-    options["labels"] = fields("--label VALUE=WORDS", label)
-    options["targets"] = targets if targets == "all-linear" else [t.strip() for t in targets.split(",") if t.strip()]
-    if options["template"] is not None:
-        options["template"] = options["template"].replace("\\n", "\n")
+    options = examples_of(**options) | {"targets": targets_of(targets)}
 
     from tpvc.compiler.tuning.road_tune import road_tune
 
-    try:
-        with console.Bars() as bars:
-            _, took = console.measured(lambda: road_tune(model, data, out, progress=bars, **options))
-    except KeyboardInterrupt as interrupt:
-        raise click.Abort("interrupted; the same command goes on where it stopped") from interrupt
-    manifest = json.loads((out / "tpvc.json").read_text(encoding="utf-8"))
+    manifest, took = tuned(lambda bars: road_tune(model, data, out, progress=bars, **options))
     if as_json:
         return console.print_json({"directory": str(out), "seconds": took, "manifest": manifest})
-    show, checks = console.out().print, manifest["checks"]
-    kept = next(c for c in checks if c[0] == manifest["kept_step"])
-    show(console.written(out, took, f"{manifest['trainables']:,} numbers"))
-    show(f"  validation  loss {kept[1]:.4g}, {100 * kept[2]:.1f} % of the answers right, at step {kept[0]}")
-    show(f"  before      loss {checks[0][1]:.4g}, {100 * checks[0][2]:.1f} %")
-    show(f"  report      {out / 'report.html'}", markup=False)
     then = "quantize" if base_is_float(model) else "export"
-    show(f'  next        tpvc run {quote(model)} --adapter {quote(str(out))} --raw "..."', markup=False)
-    show(f"              tpvc {then} {model} --road {road_argument(out)} -o OUT", markup=False)
+    show(
+        out,
+        manifest,
+        took,
+        f"{manifest['trainables']:,} numbers",
+        [
+            f'tpvc run {quote(model)} --adapter {quote(str(out))} --raw "..."',
+            f"tpvc {then} {quote(model)} --road {road_argument(out)} -o OUT",
+        ],
+    )
 
 
 def base_is_float(model: str) -> bool:
