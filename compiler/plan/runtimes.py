@@ -196,8 +196,7 @@ def _vllm_kernel(m: Matrix, own: Sequence[Matrix]) -> tuple[str, str, str | None
 
 def _packed(program: Program) -> Iterator[Verdict]:
     """GPTQ and AWQ."""
-    own = [m for m in matrices(program) if m.grid is not None]
-    marlin = bool(own) and all(m.grid.bits in (4, 8) and m.grid.symmetric for m in own)
+    own = matrices(program)
     for to, name in (("gptq", "GPTQ"), ("gptq_v2", "GPTQ version 2"), ("awq", "AWQ")):
         count, why = _written(lambda to=to: checkpoint_bytes(program, to))
         if count is None:
@@ -205,14 +204,23 @@ def _packed(program: Program) -> Iterator[Verdict]:
             yield Verdict(name, to, NO, reason, None)
             continue
         change, path = None, "GPTQModel in transformers"
-        if to == "awq":
-            path = "vLLM's Marlin; GPTQModel in transformers"
-        elif to == "gptq":
-            path += ", vLLM's Marlin" if marlin else "; vLLM refuses zero points and other widths than 4 and 8"
-            if any(not m.grid.symmetric for m in own):
-                path += "; a zero point of 0, which only numbers tell, is refused when it is written"
-                change = "--sym, or --to gptq_v2"
+        if to != "gptq_v2":
+            path += f"; vLLM refuses {why}" if (why := _refused_by_marlin(own, to)) else ", vLLM's Marlin"
+        if to == "gptq" and not all(m.grid is None or m.grid.symmetric for m in own):
+            path += "; a zero point of 0, which only numbers tell, is refused when it is written"
+            change = "--sym, or --to gptq_v2"
         yield Verdict(name, to, YES, path, change, count)
+
+
+def _refused_by_marlin(own: Sequence[Matrix], to: str) -> str:
+    """What of a GPTQ or AWQ checkpoint vLLM does not take, which has Marlin alone for them; "" if it takes it."""
+    grids = {m.grid for m in own if m.grid is not None}
+    if to == "gptq" and not (grids and all(g.bits in (4, 8) and g.symmetric for g in grids)):
+        return "zero points and other widths than 4 and 8"
+    if (mixed := _mixed(own)) is not None:
+        return f"different grids for {mixed}, which become one matrix"
+    odd = sorted({g.group for g in grids} - {-1, 0, *MARLIN_GROUPS})  # 0: is written as one scale a row
+    return f"groups of {', '.join(map(str, odd))}" if odd else ""
 
 
 def _onnx(program: Program, level: int, portable: bool) -> Verdict:

@@ -1,6 +1,7 @@
 """What a plan says of a runtime is what its backend does, over a grid of options."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -76,8 +77,16 @@ def test_linears_that_vllm_joins_have_to_be_on_one_grid(headers, imagine_all):
     program = headers(Grid(4, 64, True))
     key = next(n.params["weight"] for n in linears(program.nodes) if "k_proj" in n.name)
     other = headers(Grid(8, 64, True)).params[key]
-    found = of(imagine_all(program.with_params({key: other})))["vLLM", "vllm"]
-    assert found.loads == "no" and "k_proj" in found.path
+    found = of(imagine_all(program.with_params({key: other})))
+    assert found["vLLM", "vllm"].loads == "no" and "k_proj" in found["vLLM", "vllm"].path
+    assert re.search(r"vLLM refuses different grids for .*k_proj", found["GPTQ", "gptq"].path)
+
+
+def test_marlins_groups(headers, imagine_all):
+    whole, odd = (of(imagine_all(headers(Grid(4, group, True)))) for group in (64, 16))
+    for key in (("GPTQ", "gptq"), ("AWQ", "awq")):
+        assert whole[key].path.endswith("vLLM's Marlin")
+        assert odd[key].path.endswith("vLLM refuses groups of 16")
 
 
 def test_gptq_version_1_depends_on_numbers(headers, imagine_all):

@@ -1,12 +1,14 @@
 """A Program as a GPTQ checkpoint: the tensors of `gptq_format`, and the config that GPTQModel, transformers and vLLM
 read.
 
-Linears on another grid than most stand in `dynamic`, which GPTQModel and vLLM honour.
+Linears on another grid than most stand in `dynamic`, which GPTQModel and vLLM honour; vLLM asks for queries, keys and
+values by one name, and for gate and up, so that these stand there as well.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import tpvc
 from tpvc.compiler import gptq_format
@@ -15,6 +17,9 @@ from tpvc.compiler.backends.huggingface.packed import Format, parts
 from tpvc.compiler.frontends.gptq import CHANGED, SKIPPED
 from tpvc.compiler.program import Grid, Program, QTensor
 from tpvc.passes.reorder import orders
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What vLLM makes one matrix of (`packed_modules_mapping` of its models), by the name that it asks `dynamic` for."""
 
 
 def layout(program: Program, version: int) -> Layout:
@@ -29,8 +34,10 @@ def layout(program: Program, version: int) -> Layout:
     )
     found = parts(program, format)
     common = found.common
-    exceptions = {f"{CHANGED}^{re.escape(m)}$": _fields(grid) for m, grid in found.integers.items() if grid != common}
-    exceptions |= {f"{SKIPPED}^{re.escape(m)}$": {} for m in found.kept if m != "lm_head"}
+    changed = {m: grid for m, grid in found.integers.items() if grid != common}
+    kept = dict.fromkeys(m for m in found.kept if m != "lm_head")
+    exceptions = {f"{CHANGED}^{re.escape(m)}$": _fields(grid) for m, grid in _with_fused(changed).items()}
+    exceptions |= {f"{SKIPPED}^{re.escape(m)}$": {} for m in _with_fused(kept)}
     quantization = {
         "quant_method": "gptq",
         "checkpoint_format": next(name for name, v in gptq_format.VERSIONS.items() if v == version),
@@ -43,6 +50,18 @@ def layout(program: Program, version: int) -> Layout:
     if exceptions:
         quantization["dynamic"] = exceptions
     return Layout(found.pieces, {**found.config, "quantization_config": quantization}, found.notes)
+
+
+def _with_fused(modules: Mapping[str, Grid | None]) -> dict[str, Grid | None]:
+    """`modules`, and what vLLM makes of those that are alike."""
+    joined = {}
+    for module in modules:
+        parent, dot, last = module.rpartition(".")
+        for name, members in FUSED.items():
+            own = [parent + dot + part for part in members]
+            if last == members[0] and all(m in modules and modules[m] == modules[module] for m in own):
+                joined[parent + dot + name] = modules[module]
+    return {**modules, **joined}
 
 
 def _fields(grid: Grid) -> dict:

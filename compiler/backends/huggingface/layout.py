@@ -73,7 +73,8 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
         elif embeds and runtime == "vllm":
             dtype = float_dtype(config)
             pieces.append(rounded_piece(name, param, dtype))
-            notes.append(f"'{name}' is an integer table, which vLLM does not read: written rounded to {dtype}")
+            kind = str(dtype).removeprefix("torch.")
+            notes.append(f"'{name}' is an integer table, which vLLM does not read: written in {kind}")
             if tied:
                 form, config["tie_word_embeddings"] = Form(packed_zeros=True), False
                 pieces.append(_integers([HEAD], param, form))

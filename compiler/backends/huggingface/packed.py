@@ -85,7 +85,8 @@ def parts(program: Program, format: Format) -> Parts:
             pieces.append(float_piece(name, parameter, name in transposed))
         else:
             pieces.append(rounded_piece(name, parameter, dtype))
-            notes.append(f"'{name}' is written rounded to {dtype}: {format.name} packs the linears of blocks alone")
+            kind = str(dtype).removeprefix("torch.")
+            notes.append(f"'{name}' is written in {kind}: {format.name} packs the linears of blocks alone")
     if wide := sorted({str(d).removeprefix("torch.") for d in scales.values()} - {"float16"}):
         notes.append(f"scales that float16 does not hold exactly are written in {', '.join(wide)}")
     if program.adapters:

@@ -1,6 +1,7 @@
 """GPTQ and AWQ checkpoints: what is written is read again bit for bit, and what they cannot hold is refused first."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -102,7 +103,7 @@ def test_logits_and_a_head_in_float(tiny_llama, tmp_path, runtime):
     """An 8-bit head is written as the float32 numbers that it means, so that nothing changes."""
     program = rounded(tiny_llama, Grid(4, 32, False), HEAD)
     notes, again = written(program, tmp_path / "out", runtime)
-    assert len(notes) == 1 and "'lm_head.weight' is written rounded to torch.float32" in notes[0]
+    assert len(notes) == 1 and "'lm_head.weight' is written in float32" in notes[0]
     ids = torch.arange(20)[None]
     assert torch.equal(logits(program, ids), logits(again, ids))
 
@@ -135,6 +136,30 @@ def test_gptq_names_what_differs(tiny_llama, tmp_path):
     assert grid_of(again.params["model.layers.0.mlp.down_proj.weight"]) == grid
     with pytest.raises(TpvcError, match=r"down_proj.weight' \(W8 per channel symmetric\) cannot .* AWQ: it packs 4"):
         written(program, tmp_path / "awq", "awq")
+
+
+def test_vllm_finds_what_it_joins(tiny_llama, tmp_path):
+    """By the one name under which it asks for linears that are alike; unlike ones have none."""
+    program, other = rounded(tiny_llama, Grid(4, 32, True)), rounded(tiny_llama, Grid(8, 32, True))
+    first, second = (f"model.layers.{i}." for i in range(2))
+    wide = [first + f"mlp.{n}_proj.weight" for n in ("gate", "up")] + [second + "mlp.up_proj.weight"]
+    kept = {second + f"self_attn.{n}_proj.weight" for n in "qkv"}
+    floats = {n: dense(program.params[n]) for n in kept}
+    program = program.with_params({n: other.params[n] for n in wide} | floats)
+    _, again = written(program, tmp_path / "out", "gptq")
+    rules = again.source.config["quantization_config"]["dynamic"]
+
+    def told(module):  # vLLM and GPTQModel: the first rule whose pattern matches
+        return next((rule[0], fields) for rule, fields in rules.items() if re.match(rule[2:], module))
+
+    assert (
+        told(first + "mlp.gate_up_proj")
+        == told(first + "mlp.up_proj")
+        == ("+", {"bits": 8, "group_size": 32, "sym": True})
+    )
+    assert told(second + "self_attn.qkv_proj") == told(second + "self_attn.k_proj") == ("-", {})
+    assert not [rule for rule in rules if re.match(rule[2:], second + "mlp.gate_up_proj")]
+    assert all(grid_of(again.params[n]) == grid_of(p) for n, p in program.params.items())
 
 
 def test_scales_beyond_float16_keep_their_dtype(tiny_llama, tmp_path):
