@@ -132,6 +132,13 @@ def checked_ids(program: Program, adapter_ids: Tensor | None, input_ids: Tensor)
     return adapter_ids
 
 
+def finite(values: Tensor) -> Tensor:
+    """Logits that a token is to be chosen by; TpvcError where one of them is NaN or infinite."""
+    if not values.isfinite().all():
+        raise TpvcError("the model yields logits that are not finite; use intact weights and adapters")
+    return values
+
+
 @torch.no_grad()
 def generate(
     program: Program,
@@ -154,7 +161,7 @@ def generate(
     cache: Cache = {}
     step = prompt[None]
     for _ in range(max_new_tokens):
-        last = logits(program, step, weight=weight, cache=cache, adapter_ids=ids)[0, -1]
+        last = finite(logits(program, step, weight=weight, cache=cache, adapter_ids=ids)[0, -1])
         if temperature == 0:
             token = int(last.argmax())
         else:

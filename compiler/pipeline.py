@@ -137,7 +137,7 @@ def quantize(
         if calibration is not None:  # process 0's for all, whatever they would have sampled
             tokens = own.dealt(own.own(calibration.tokens[None]), 1)[0]
             calibration = replace(calibration, tokens=tokens)
-        identity = {**_fingerprint(program, options, calibration), "processes": own.count}
+        identity = {**_fingerprint(job, options, calibration), "processes": own.count}
         store = own.store(work / BLOCKS, identity, replace=overwrite, divided=True)
         easing, measured, closing = (own.store(work / BLOCKS / n, identity, replace=True) for n in BESIDE)
         if own.rank == 0 and store.finished(0) is None:
@@ -240,6 +240,10 @@ def _passes(
     return passes
 
 
-def _fingerprint(program: Program, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
+def _fingerprint(job: Job, options: dict[str, Any], calibration: Calibration | None) -> dict[str, Any]:
     sha = None if calibration is None else calibration.origin["sha256"]
-    return {**options, **run_identity(program), "calibration": sha}
+    ordered = {  # which window belongs to which of them goes by their order
+        "adapters": [[a.name, *(a.origin[key] for key in ("variant", "group", "sha256"))] for a in job.roads],
+        "tasks": [[p.name, p.origin["sha256"]] for p in job.prompts],
+    }
+    return {**options, **run_identity(job.program), **ordered, "calibration": sha}

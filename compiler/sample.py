@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpvc.compiler.interpret import Cache, from_files, in_memory, logits
+from tpvc.compiler.interpret import Cache, finite, from_files, in_memory, logits
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.windows import beginning
@@ -44,8 +44,8 @@ def sample(
         cache: Cache = {}
         tokens = [step]
         for position in range(step.shape[1], seqlen):
-            chances = logits(program, step, weight=weight, cache=cache)[:, -1, :known].softmax(-1)
-            step = torch.multinomial(chances, 1, generator=generator)
+            last = finite(logits(program, step, weight=weight, cache=cache)[:, -1, :known])
+            step = torch.multinomial(last.softmax(-1), 1, generator=generator)
             tokens.append(step)
             if position % 16 == 0:
                 report("sampling", first * seqlen + rows * position, windows * seqlen, "tokens")

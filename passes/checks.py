@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Grids, Node, Program, QTensor, grid_of, linears
+from tpvc.passes.block import AT_ONCE
 from tpvc.passes.grid import on_grid, span_of
 
 
@@ -40,6 +41,15 @@ def check_float(program: Program, nodes: tuple[Node, ...]) -> None:
             raise TpvcError(
                 f"'{name}' is already quantised; expected a float checkpoint, as rounding twice loses accuracy"
             )
+
+
+def check_finite(program: Program, what: str, values: Tensor, ids: Tensor) -> None:
+    """Refuse values [n, ...] of windows with adapters `ids` int64 [n] that are not finite, and say under which."""
+    whole = torch.cat([part.flatten(1).isfinite().all(1) for part in values.split(AT_ONCE)]).cpu()
+    if not whole.all():
+        spoiled = ids[~whole].unique().tolist()
+        owners = ", ".join(program.adapters[i].name if i >= 0 else "the base" for i in spoiled)
+        raise TpvcError(f"{what} yields numbers that are not finite with {owners}; use intact weights and adapters")
 
 
 def linear_record(node: Node, value: QTensor, weight: Tensor | None = None) -> dict:

@@ -36,14 +36,14 @@ class Factors:
     log_s3: Tensor
 
     @staticmethod
-    def start(weight: Tensor, span: Range, grid: Grid, frozen_scale: bool, rank: float = 0, seed: int = 0) -> Factors:
+    def start(weight: Tensor, span: Range, grid: Grid, rank: float = 0, seed: int = 0) -> Factors:
         """All factors 1: the forward pass rounds `weight` [out, in] to nearest on `span`.
 
         rank  of log S2, as a share of the weight's shorter side; 0: S2 has the weight's shape
         seed  of U, which is random where L is 0; entries of variance 1 / rank
         """
         view = grouped(weight, grid)
-        log_scale = torch.zeros_like(span.scale, requires_grad=not frozen_scale)
+        log_scale = torch.zeros_like(span.scale, requires_grad=True)
         s2 = (torch.zeros_like(view),)
         if rank:
             (rows, columns), device = weight.shape, weight.device

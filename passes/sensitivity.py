@@ -23,6 +23,7 @@ from tpvc.compiler.ops import OPS, Op
 from tpvc.compiler.program import INPUT_ROUNDERS, Program, dense
 from tpvc.compiler.progress import Progress, silent
 from tpvc.passes.block import AT_ONCE, EXACT, Block, full_windows
+from tpvc.passes.checks import check_finite
 
 WINDOWS = 8
 """Of the calibration text, the first ones, on which gradients are taken."""
@@ -84,6 +85,7 @@ def logit_gradients(
             tokens = torch.empty(leaving.shape[:2], device=device, dtype=torch.long)
             values = full_windows(tokens, ids[row : row + 1].to(device)) | {last: leaving}
             logits = interpret.run(program.epilogue, values, weights.__getitem__, ops=ops)
+        check_finite(program, "the head", logits.detach(), ids[row : row + 1])
         chances = logits.detach().softmax(-1)
         tokens = torch.multinomial(chances[0].cpu(), draws, replacement=True, generator=draw).to(device)
         for i in range(draws):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from tpvc.compiler import interpret, ops
+from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.frontends import load
 from tpvc.compiler.program import Grid, QTensor
 
 
@@ -96,3 +98,11 @@ def test_values_are_let_go_after_their_last_use():
 
     interpret.run(nodes, {"x": random(4)}, lambda name: None, watch=watch)
     assert most <= 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_token_is_chosen_by_logits_that_are_not_finite(tiny_llama, temperature):
+    program = load(tiny_llama)
+    program = program.with_params({"model.norm.weight": torch.full((64,), float("nan"))})
+    with pytest.raises(TpvcError, match="not finite"):
+        next(interpret.generate(program, torch.tensor([5, 6]), 1, temperature=temperature))

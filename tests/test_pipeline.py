@@ -133,6 +133,46 @@ def test_another_run_does_not_go_on_where_one_stopped(tiny_llama, tmp_path):
     assert json.loads((out / "tpvc.json").read_text())["options"]["bits"] == 4
 
 
+def test_adapters_in_another_order_or_layout_are_another_run(tiny_llama, write_adapter, tmp_path):
+    """Their order says which window belongs to which, their config which outputs make a pair."""
+    out, options = tmp_path / "out", OPTIONS | {"recipe": "fast", "steps": 1, "seqlen": 8, "dataset": "builtin"}
+    roads = {name: write_adapter(tiny_llama, tmp_path / name, seed) for seed, name in enumerate("ab")}
+
+    def stop(stage, done, total, note):
+        if (stage, done) == ("FlexRound", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_llama, out, roads=roads, progress=stop, **options)
+    with pytest.raises(TpvcError, match=r'adapters is .."a", .*, not .."b"'):
+        quantize(tiny_llama, out, roads=dict(reversed(roads.items())), **options)
+    config = roads["b"] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"group_size": 4}))
+    with pytest.raises(TpvcError, match=r"holds another unfinished run .adapters is"):
+        quantize(tiny_llama, out, roads=roads, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dataset": "self"}, {"activations": "int8"}, {"avg_bits": 4.0}, {"activations": "int8-static"}],
+    ids=str,
+)
+def test_logits_that_are_not_finite_are_a_sentence(tiny_llama, tmp_path, options):
+    """Of weights that are: what they make overflows."""
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = torch.full_like(tensors["lm_head.weight"], torch.finfo(torch.float32).max)
+    save_file({n: t.float() for n, t in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    bits = {} if "avg_bits" in options else {"bits": 8}
+    options = {"nsamples": 8, "seqlen": 8, "method": "rtn", "dataset": "builtin"} | bits | options
+    options |= {"method": "flexround", "steps": 1} if options["dataset"] == "self" else {}
+    with pytest.raises(TpvcError, match="not finite"):
+        quantize(model, tmp_path / "out", **options)
+
+
 def test_a_failed_export_leaves_nothing(whole, tmp_path, monkeypatch):
     from tpvc.compiler.backends import onnx
 

@@ -24,14 +24,14 @@ def weight() -> torch.Tensor:
 @pytest.mark.parametrize("rank", [0, 0.25, 1.0])
 def test_a_start_rounds_to_nearest(weight, rank):
     span = min_max(weight, GRID)
-    factors, nearest = Factors.start(weight, span, GRID, False, rank), on_grid(weight, span, GRID, torch.float32)
+    factors, nearest = Factors.start(weight, span, GRID, rank), on_grid(weight, span, GRID, torch.float32)
     assert torch.equal(factors.rounded(TOP, torch.float32), nearest.dequantize())
     frozen = factors.frozen(GRID, torch.float32)
     assert torch.equal(frozen.codes, nearest.codes) and torch.equal(frozen.scale, nearest.scale)
 
 
 def test_low_rank_factors_have_the_share_of_the_shorter_side_and_move_with_the_product(weight):
-    factors = Factors.start(weight, min_max(weight, GRID), GRID, False, 0.25)
+    factors = Factors.start(weight, min_max(weight, GRID), GRID, 0.25)
     left, right, row = factors.s2
     assert (left.shape, right.shape, row.shape) == ((24, 6), (6, 64), (1, 64))
     with torch.no_grad():

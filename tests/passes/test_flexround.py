@@ -85,12 +85,6 @@ def test_rate_zero_is_round_to_nearest(program, tmp_path):
     assert same(integers(flex(tmp_path, recipe)(program)), wanted)
 
 
-def test_frozen_scale_leaves_the_grid_untouched(program, tmp_path):
-    recipe = replace(RECIPE, lr_scale=0.0, searched=False)
-    for name, q in integers(flex(tmp_path, recipe)(program)).items():
-        assert torch.equal(q.scale, quantize(program.params[name], GRID).scale)
-
-
 def test_nothing_is_kept_that_is_worse_than_nearest(program, tmp_path):
     """A rate far too high diverges; what is kept is then the best of what does not come from learning."""
     recipe = replace(RECIPE, lr=30.0, lr_scale=30.0)
