@@ -71,7 +71,8 @@ def _pass_record(done: Any) -> dict[str, Any]:
     if isinstance(done, BankRoad):
         return {**record, "adapters": [a.name for a in done.roads]}
     if isinstance(done, TuneScales):
-        return {**record, "checks": done.checks()}
+        stopped = done.stopped()
+        return {**record, "checks": done.checks(), **({} if stopped is None else {"stopped": stopped})}
     return record if isinstance(done, FoldRoad | EaseInputs) else {**record, "grid": described(done.grid)}
 
 

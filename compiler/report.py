@@ -53,7 +53,8 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
         first = numbers[: len(timings)] if len(numbers) >= len(timings) else list(range(len(timings)))
         pictures.append(("Time for each block", charts.bars(first, list(timings), units.seconds)))
     curves = [(b["block"], charts.curve(b["curve"])) for b in blocks if len(b["curve"]) > 1]
-    closing = next((p["checks"] for p in manifest.get("passes", []) if p.get("checks")), [])
+    tuned = next((p for p in manifest.get("passes", []) if p.get("checks")), {})
+    closing = tuned.get("checks", [])
     size = manifest.get("size", {})
     return {
         "name": Path(manifest.get("source", {}).get("name", "model")).name,
@@ -68,6 +69,7 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
         "curves": curves,
         "chosen_bits": manifest.get("chosen_bits"),
         "closing": closing,
+        "closing_stopped": tuned.get("stopped"),
         "closing_curve": charts.curve(closing) if len(closing) > 1 else None,
         "blocks": blocks,
         "learned": learned,

@@ -33,13 +33,15 @@ def as_it_is(error: Tensor, target: Tensor) -> Tensor:
 
 def seen_behind(program: Program, index: int) -> Seen:
     """How errors of what block `index` yields are seen; as they are where no norm reads it (models that norm behind
-    their sums)."""
+    their sums), or where those that do multiply by zeros alone."""
     leaving = ports(program, index)[1]
     norms = readers(program, leaving, index + 1)
     if not norms or norms[0].inputs[0] != leaving:
         return as_it_is
     squares = torch.stack([_weight(program, n).square() for n in norms])
     shares = squares / squares.mean(-1, keepdim=True).clamp_min(TINY)  # a norm of zeros shows nothing
+    if not shares.any():
+        return as_it_is
     weight = shares.mean(0).sqrt()
     return partial(through_norm, weight=weight, eps=norms[0].attrs["eps"], centred=norms[0].op == "layer_norm")
 
@@ -72,4 +74,4 @@ def through_norm(error: Tensor, target: Tensor, weight: Tensor, eps: float, cent
 def relative_error(output: Tensor, target: Tensor, seen: Seen = as_it_is) -> float:
     """Squared error over squared target: 0 is exact, 1 is as bad as zeros."""
     error, whole = (seen(x, target).double().square().sum() for x in (output - target, target))
-    return float(error / whole)
+    return float(error / whole.clamp_min(TINY))  # zeros for zeros are exact

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tpvc.compiler import interpret
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.ops import Op
 from tpvc.compiler.program import NORMS, Program, QTensor, dense, grid_of, linears, read
 from tpvc.compiler.progress import Progress, silent
@@ -113,8 +114,14 @@ class TuneScales:
         how = self.schedule, self.store
         try:
             tuned = descend(model.factors, lengths, step, judge, *how, stage="tune scales", progress=self.progress)
-        except Diverged as diverged:  # the best until then, and be it the start
-            tuned = diverged.tuned
+        except Diverged as diverged:
+            if diverged.step == 0:
+                raise TpvcError(
+                    "the rounded model's logits, or the float one's, are not finite before the closing step changed"
+                    " anything; use intact weights and adapters"
+                ) from diverged
+            tuned, note = diverged.tuned, "the loss is no finite number any more; the best until then is kept"
+            self.progress("tune scales", diverged.step, self.schedule.steps, note)
         with torch.no_grad():
             for name, best in tuned.best.items():
                 model.factors[name].copy_(best)
@@ -122,10 +129,20 @@ class TuneScales:
 
     def checks(self) -> list[list[float]]:
         """[[step, KL on the held-out windows in nats a token], ...] of a run, as far as it went."""
-        unit, checks = 0, []
+        return self._last.get("checks", [])
+
+    def stopped(self) -> int | None:
+        """The last step that was kept of a run whose loss became no finite number; None for a whole run."""
+        step = self._last.get("step", 0)
+        return step if step < self.schedule.steps else None
+
+    @property
+    def _last(self) -> dict:
+        """What the last finished stretch recorded."""
+        unit, last = 0, {}
         while (found := self.store.finished(unit)) is not None:
-            unit, checks = unit + 1, found[1]["checks"]
-        return checks
+            unit, last = unit + 1, found[1]
+        return last
 
 
 @dataclass(frozen=True, eq=False)

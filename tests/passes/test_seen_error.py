@@ -124,3 +124,11 @@ def test_a_norm_of_zeros_has_no_say():
     error, target = torch.ones(2, 8, 32), stream(program, 0)
     assert seen_behind(zeros, 0)(error, target).isfinite().all()
     assert not torch.equal(seen_behind(zeros, 0)(error, target), seen_behind(program, 0)(error, target))
+
+
+def test_norms_of_zeros_show_nothing():
+    program = model(FAMILIES["llama"][0])
+    final = next(n for n in program.epilogue if n.op in NORMS).params["weight"]
+    assert seen_behind(program.with_params({final: torch.zeros(32)}), 1) is as_it_is
+    zeros = torch.zeros(2, 3)
+    assert relative_error(zeros, zeros) == 0

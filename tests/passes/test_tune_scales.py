@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tpvc.compiler import interpret
+from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.ops import OPS
 from tpvc.compiler.program import NORMS, Grid, QTensor, dense, linears, read
 from tpvc.compiler.quick import QUICK
@@ -91,6 +92,27 @@ def test_step_0_is_the_model_as_it_was(rounded, tmp_path, monkeypatch):
         p, q = (interpret.logits(x, WINDOWS[32:]).double().log_softmax(-1) for x in (exact, program))
     # float32 logits of size up to 10 through 3 blocks of 7 products of up to 64 terms, in another order
     assert abs(kl - float((p.exp() * (p - q)).sum(-1).mean())) <= 3 * 7 * 64 * 2**-24 * 10
+
+
+def test_a_run_that_diverges_keeps_the_best_and_says_so(rounded, tmp_path):
+    """A rate that throws every scale out of what float32 holds; from the start on, nothing can be kept."""
+    _, program, _ = rounded
+    told = []
+    wild = replace(tune(rounded, tmp_path / "t", lr=1e4, rounds=10), progress=lambda *now: told.append(now))
+    tuned = wild(program)
+    step = wild.stopped()
+    assert step is not None and step < wild.schedule.steps
+    assert any("the best until then is kept" in note for *_, note in told)
+    norms = {n.params["weight"] for n in program.nodes if n.op in NORMS}
+    best = min(wild.checks(), key=lambda c: c[1])
+    if best[0] == 0:
+        assert all(torch.equal(read(tuned.params[n]), read(program.params[n])) for n in norms)
+    broken = program.with_params({n: read(program.params[n]) * math.inf for n in norms})
+    with pytest.raises(TpvcError, match="not finite before the closing step"):
+        tune(rounded, tmp_path / "broken")(broken)
+    whole = tune(rounded, tmp_path / "whole", rounds=1)
+    whole(program)
+    assert whole.stopped() is None
 
 
 def test_gradients_are_those_of_finite_differences(rounded, monkeypatch):
