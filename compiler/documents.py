@@ -6,7 +6,7 @@ import csv
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,16 @@ def _csv(path: Path, chat: Chat) -> Documents:
 
     def rows() -> Iterator[dict[str, str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restval="")
+            table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restval="")
+            yield dict.fromkeys(table.fieldnames or (), "")  # also of a table that has no row
+            yield from table
 
     every = _guarded(path, rows())
-    first = next(every, {})
-    names = [name for name in first if name is not None]
-    columns = choose_columns(names, [n for n in names if not _is_number(first[n])], str(path))
-    return Documents(table_texts(chain([first], every), columns, chat, str(path)), columns)
+    names = list(next(every))
+    first = list(islice(every, 1))
+    wordy = [n for n in names if not first or not _is_number(first[0][n])]
+    columns = choose_columns(names, wordy, str(path))
+    return Documents(table_texts(chain(first, every), columns, chat, str(path)), columns)
 
 
 def _parquet(path: Path, chat: Chat) -> Documents:

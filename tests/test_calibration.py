@@ -159,6 +159,7 @@ BAD = {
     "other.jsonl": (lambda p: p.write_text('{"body": "words"}\n'), r"line 1 has the fields \['body'\]"),
     "list.jsonl": (lambda p: p.write_text("[1, 2]\n"), "line 1 has a list"),
     "numbers.csv": (lambda p: p.write_text("a,b\n1,2\n"), "none of text"),
+    "header.csv": (lambda p: p.write_text("text\n"), "holds 0 tokens"),
     "empty.csv": (lambda p: p.write_text(""), "none of text"),
     "broken.parquet": (lambda p: p.write_bytes(b"PAR1 or not"), "not a readable parquet"),
     "text.docx": (lambda p: p.write_bytes(b"PK"), "expected a file of type .txt, .md, .jsonl"),

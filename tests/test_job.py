@@ -41,11 +41,35 @@ def test_every_adapter_has_a_window_that_is_learned_from(tiny_llama, write_adapt
     assert prepare(tiny_llama, roads=roads, nsamples=8, method="rtn").nsamples == 8
 
 
+def torchrun(monkeypatch, processes: int) -> None:
+    """The environment of the first of so many."""
+    told = {"WORLD_SIZE": processes, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.mark.parametrize(
     ("processes", "windows", "says"),
     [(8, 128, "start at most 4$"), (4, 16, "start at most 2, or ask for more windows$")],
 )
 def test_too_many_processes_are_told_what_would_help(monkeypatch, processes, windows, says):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    torchrun(monkeypatch, processes)
     with pytest.raises(TpvcError, match=says):
         check_processes("flexround", RECIPES["default"], windows)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 .*, and RANK, MASTER_ADDR, MASTER_PORT not set; start .* with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "and MASTER_PORT not set"),
+        ({"WORLD_SIZE": "x", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE is 'x'"),
+    ],
+)
+def test_half_of_what_torchrun_says_is_a_sentence(monkeypatch, tiny_llama, tmp_path, told, says):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TpvcError, match=says):
+        tpvc.quantize(tiny_llama, tmp_path / "out", method="rtn")

@@ -83,7 +83,8 @@ def _round(program: Program, job: Job, seed: int, device: str) -> None:
     if job.eased:
         few = _ease(few, program.blocks - few.blocks, job, seed, device)
     if job.method == "flexround":
-        windows = torch.zeros(job.nsamples, job.seqlen, dtype=torch.int64)
+        nsamples = max(2, nsamples)  # every number that is asked for is 1, and so is the window that a step draws
+        windows = torch.zeros(nsamples, job.seqlen, dtype=torch.int64)
         recipe = replace(job.recipe, steps=min(2, job.recipe.steps))  # the second one has the state of the first
         rounded = FlexRound(job.grid, recipe, windows, store, seed, dtype, device)(few)
         if recipe.rounds:

@@ -107,8 +107,9 @@ def steps_of(epochs: float, steps: int | None, batch_size: int, examples: int) -
 def check_run(epochs: float, steps: int | None, batch_size: int, lr: float, warmup: float, max_length: int) -> None:
     """TpvcError for numbers that no run can have."""
     if (steps is not None and steps < 1) or not 0 < epochs < float("inf") or batch_size < 1 or max_length < 2:
+        length = f"{epochs:g} epochs" if steps is None else f"{steps} steps"
         raise TpvcError(
-            f"found {epochs:g} epochs, {steps} steps, batches of {batch_size} and {max_length} tokens;"
+            f"found {length}, batches of {batch_size} and {max_length} tokens;"
             " expected numbers above 0, and at least 2 tokens"
         )
     if not 0 < lr < LARGEST_RATE or not 0 <= warmup < 1:

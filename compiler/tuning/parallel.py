@@ -151,9 +151,20 @@ class SharedStore:
             self.inner.clear()
 
 
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What it tells every process beside WORLD_SIZE."""
+
+
 def processes() -> int:
-    """How many torchrun started, as it says in the environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many torchrun started, as it says in the environment. TpvcError for half of what it says there."""
+    told = os.environ.get("WORLD_SIZE", "1")
+    if told != "1" and (lacking := [name for name in TORCHRUN if not os.environ.get(name)]):
+        found = f"WORLD_SIZE is {told} in the environment, and {', '.join(lacking)} not set"
+    elif not told.isdecimal() or int(told) < 1:
+        found = f"WORLD_SIZE is '{told}' in the environment"
+    else:
+        return int(told)
+    raise TpvcError(f"{found}; start several processes with torchrun, or one with WORLD_SIZE unset")
 
 
 def is_first() -> bool:

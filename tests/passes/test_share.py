@@ -161,7 +161,8 @@ def test_a_process_that_is_not_heard_of_is_given_up():
 
 
 def test_what_cannot_be_shared_is_refused(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(TpvcError, match="without torchrun"):
         tpvc.quantize(tiny_llama, tmp_path / "out", method="rtn")
     with pytest.raises(TpvcError, match="start at most 1,"):

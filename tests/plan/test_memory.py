@@ -25,6 +25,11 @@ def test_more_text_is_more_memory(tiny_llama):
         assert 2 * stream < many.host - few.host < 2.1 * stream
 
 
+@pytest.mark.parametrize("recipe", ["fast", "default"])
+def test_one_window(tiny_llama, recipe):
+    assert peak(tiny_llama, nsamples=1, recipe=recipe).host > 0
+
+
 def test_nearest_takes_less_and_no_text(tiny_llama):
     assert peak(tiny_llama, "rtn", 16) == peak(tiny_llama, "rtn", 64)
     assert peak(tiny_llama, "rtn").host < peak(tiny_llama).host
