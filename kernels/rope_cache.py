@@ -229,8 +229,8 @@ def turned(x, j, real, position, cosine, sine, WIDTH: tl.constexpr, HALF: tl.con
 def write(y, into, scale, slot, j, real, WIDTH: tl.constexpr):
     """A head's vector into slot `slot`, counted over all rows and heads."""
     if scale is not None:
-        s = tl.maximum(tl.max(tl.abs(y), 0), 1e-20) / 127
-        y = tl.floor(y / s + 0.5)
+        s = tl.math.div_rn(tl.maximum(tl.max(tl.abs(y), 0), 1e-20), tl.full((), 127, tl.float32))
+        y = tl.floor(tl.math.div_rn(y, tl.zeros_like(y) + s) + 0.5)
         tl.store(scale + slot, s, mask=real)
     tl.store(into + slot * WIDTH + j, y.to(into.dtype.element_ty), mask=real & (j < WIDTH))
 

@@ -5,8 +5,8 @@ Before                                      After
     v      -> attention                         v      -> round_heads -> attention
 
 Every head's vector of every token has a scale of its own, found when it is there, so that there is nothing to
-calibrate: the arithmetic of the int8 cache of a Triton package (`kernels/rope_cache.py`), bit for bit. A token reads
-its own key and value rounded too, as they come from the cache there. Queries stay in float.
+calibrate: the arithmetic of the int8 cache of a Triton package (`kernels/rope_cache.py`), of a given vector bit for
+bit. A token reads its own key and value rounded too, as they come from the cache there. Queries stay in float.
 
 Weights are rounded afterwards, so that FlexRound learns under a rounded cache. The keys and values of a folded prompt
 are parameters of attention, which no cache holds: they stay in float, there and here.

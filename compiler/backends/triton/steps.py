@@ -38,9 +38,13 @@ class Step:
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
+AS_THEY_ARE = ("virtual_tokens", "round_rows", "activation", "split", "add", "mul", "scale", "softcap")
+"""Ops that are a step of their own, if nothing above takes them up."""
+
+
 def steps(program: Program) -> tuple[Step, ...]:
     """The Program as steps. TpvcError for two rotations of one value, and for groups of outputs that no power of 2
-    counts, which no epilogue holds."""
+    counts, which no epilogue holds; and for what no kernel computes."""
     program = float_cache(program)
     readers = defaultdict(list)
     for node in program.nodes:
@@ -89,6 +93,11 @@ def steps(program: Program) -> tuple[Step, ...]:
             case "rms_norm" | "layer_norm":
                 kind = {"kind": node.op, **attrs}
                 made.append(Step("norm", node.inputs, (node.name,), dict(node.params), kind))
+            case "attention" if node.params:
+                raise TpvcError(
+                    f"'{node.name}' has the keys and values of a prompt folded in, which the kernels do not read; leave"
+                    " --task out, a package serves its prompts by name"
+                )
             case "attention":
                 turned = [by_name.get(v) for v in node.inputs[:2]]
                 inputs = list(node.inputs[:3])
@@ -104,6 +113,8 @@ def steps(program: Program) -> tuple[Step, ...]:
                 gone.add(product.name)
                 up = next(v for v in product.inputs if v != node.name)
                 made.append(Step("gated", (node.inputs[0], up), (product.name,), {}, attrs))
+            case op if op not in AS_THEY_ARE:
+                raise TpvcError(f"'{node.name}' is a {op}, for which there is no kernel; use another runtime")
             case _:
                 made.append(Step(node.op, node.inputs, (node.name,), dict(node.params), attrs))
     return tuple(_in_order(made))

@@ -19,6 +19,7 @@ from tpvc.compiler.program import Grid, dense, linears, prompt_ids
 from tpvc.kernels.launch import with_triton
 from tpvc.passes.bank_prompt import BankPrompt
 from tpvc.passes.bank_road import BankRoad
+from tpvc.passes.fold_prompt import FoldPrompt
 from tpvc.passes.round_to_nearest import quantize as to_nearest
 
 SIZES = {
@@ -241,3 +242,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
     engine.release(slot)
     assert f"slot {slot} is not in use" in refused(lambda: engine.decode([slot], [0]))
     assert f"slot {slot} is not in use" in refused(lambda: engine.release(slot))
+
+
+@pytest.mark.parametrize(
+    ("form", "says"), [("kv", "has the keys and values of a prompt"), ("prefix", "is a .*no kernel")]
+)
+def test_what_no_kernel_computes_is_refused(tiny_llama, form, says):
+    program = load(tiny_llama)
+    prompt = Prompt("task", torch.zeros(3, program.facts.hidden_size))
+    with pytest.raises(TpvcError, match=says):
+        steps(FoldPrompt(prompt, form)(program))
