@@ -4,8 +4,10 @@ Tolerance. Two float32 evaluations differ by the order of their sums: a sum of K
 size, u = 2^-24, in either of them, and what one product gets wrong the next ones carry on, so that these errors add up.
 A runtime that keeps what it computes in 16 bits rounds every value of the graph by u = 2^-11 (float16) or 2^-8
 (bfloat16) once more, and its weights; a row rounded to 8 bits may go to the other neighbour, 2^-7 of its largest value.
-Such roundings are independent and add up as squares; four times their root covers the largest of a vocabulary's logits.
-Both are relative to the largest logit.
+Such roundings are independent and add up as squares: the root of their sum is what logits may be off by on average
+(root mean square, of that of the logits; what all of a token have in common is left out, as probabilities do), and four
+times it, of the largest logit, what one of a vocabulary may be. The mean is what tells a graph that lacks a part from
+one that is rounded.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Expected:
             return self
         return replace(Expected.of(float_cache(self.program)), aside=", keys and values in float")
 
-    def tolerance(self, dtype: torch.dtype = torch.float32) -> float:
+    def tolerance(self, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+        """How far one logit may be off, and how far all of them may on average (root mean square)."""
         sums, rounded = 0.0, 0.0
         for node in self.program.nodes:
             if node.op == "linear":
@@ -77,13 +80,15 @@ class Expected:
             else:
                 sums += 1
             rounded += ROUNDING[dtype] ** 2 if node.op not in ROUNDERS else 2.0**-14
-        return (2 * sums * 2.0**-24 + 4 * math.sqrt(rounded)) * self.logits.abs().max().item()
+        largest, usual = self.logits.abs().max().item(), _spread(self.logits)
+        ordered, root = 2 * sums * 2.0**-24 * largest, math.sqrt(rounded)
+        return ordered + 4 * root * largest, ordered + root * usual + ROUNDING[dtype] * largest
 
     def check(self, found: torch.Tensor, target: str, runtime: str, dtype: torch.dtype = torch.float32) -> Said:
         """`found`: logits [T, vocab], or [1, vocab] of the last token."""
-        wanted, allowed = self.logits[-len(found) :], self.tolerance(dtype)
+        wanted, (allowed, usually) = self.logits[-len(found) :], self.tolerance(dtype)
         off = (found.float() - wanted).abs()
-        most = off.max().item()
+        most, usual = off.max().item(), _spread(found.float() - wanted)
         if not most <= allowed:
             token, entry = divmod(int(off.nan_to_num(math.inf).argmax()), off.shape[1])
             place = len(self.ids) - len(found) + token + 1
@@ -92,9 +97,19 @@ class Expected:
                 f"{runtime} computes from '{target}' the logit {here:.6g} of token id {entry} after {place} tokens, the"
                 f" interpreter {there:.6g}; they may differ by {allowed:.2g}"
             )
+        if not usual <= usually:
+            raise TpvcError(
+                f"{runtime} computes from '{target}' logits that are off by {usual:.2g} on average (root mean square),"
+                f" of {_spread(wanted):.3g}; they may be by {usually:.2g}"
+            )
         largest = wanted.abs().max().item()
-        said = f"{runtime}{self.aside}: off by {most:.1e} at most"
-        return True, f"{said}, {allowed:.1e} are allowed, the largest is {largest:.3g}"
+        said = f"{runtime}{self.aside}: off by {most:.1e} at most, {usual:.1e} on average"
+        return True, f"{said}; {allowed:.1e} and {usually:.1e} are allowed, the largest is {largest:.3g}"
+
+
+def _spread(logits: torch.Tensor) -> float:
+    """Root mean square of logits [T, vocab] about their mean for each token."""
+    return (logits - logits.mean(-1, keepdim=True)).double().square().mean().sqrt().item()
 
 
 def check_logits(target: str, program: Program | None, expected: Expected) -> Iterator[Said]:
