@@ -238,30 +238,3 @@ def _pairs(matrix: Tensor, rotation: Rotation) -> Iterator[tuple]:
             at = (slice(g, g + groups), slice(j, j + width))
             part = rows[at[0], :, at[1]]
             yield part[:, 0], part[:, 1], *(tuple(f[at] for f in pair) for pair in factors)
-
-
-def adjacent_order(features: int, group: int) -> Tensor:
-    """int64 [n], lo, hi, lo, hi, ...: `rotate(h, R in G)[P] == rotate(h[P], adjacent R)` for P = this order."""
-    return torch.arange(features).view(-1, 2, group // 2).transpose(1, 2).reshape(-1)
-
-
-def regrouped(rotation: Rotation, group: int) -> tuple[Rotation, Tensor]:
-    """(the same rotations for outputs in another order and grouped by `group`, that order P, int64 [n]).
-
-    Exact: a trained adapter belongs to the pairing of its group, so it is the outputs that are relabelled, and whoever
-    reads them must read them in the order P: `rotate(h, old)[P] == rotate(h[P], new)`, bit for bit.
-    """
-    n, old = rotation.features, rotation.group
-    check_layout(rotation.variant, group, n)
-    order = adjacent_order(n, old)[adjacent_order(n, group).argsort()]
-
-    def moved(v: Tensor) -> Tensor:
-        if rotation.variant == "road_1":
-            return v  # pair after pair in either grouping
-        if rotation.variant == "road_2":
-            return v[order]
-        parts = v.view(-1, 2, old)
-        by_output = torch.stack((parts[:, 0].reshape(-1)[order], parts[:, 1].reshape(-1)[order]))
-        return by_output.view(2, -1, group).transpose(0, 1).reshape(-1)
-
-    return Rotation(rotation.variant, group, moved(rotation.theta), moved(rotation.alpha)), order

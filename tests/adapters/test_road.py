@@ -12,11 +12,9 @@ from tpvc.compiler.adapters import road
 from tpvc.compiler.adapters.road import (
     Road,
     Rotation,
-    adjacent_order,
     fold_,
     halves,
     identity,
-    regrouped,
     rotate,
     unfold_,
     vectors,
@@ -205,21 +203,6 @@ def test_half_of_road_4_never_moves():
         optimiser.step()
     assert bool((theta.view(-1, 2, 8)[:, 0] == 0).all()) and bool((theta.view(-1, 2, 8)[:, 1] != 0).all())
     assert bool((alpha != 1).all())
-
-
-@each
-@pytest.mark.parametrize("old", GROUPS)
-@pytest.mark.parametrize("new", GROUPS)
-def test_another_grouping_is_another_order_of_outputs(variant, old, new, drawn):
-    rotation, h = drawn(variant, old, 128), random(3, 128, seed=1)
-    moved, order = regrouped(rotation, new)
-    assert moved.group == new and sorted(order.tolist()) == list(range(128))
-    kept = rotate(h, *rotation.vectors, old)[:, order]
-    assert torch.equal(kept, rotate(h[:, order], *moved.vectors, new))
-    if variant == "road_1":
-        assert torch.equal(moved.theta, rotation.theta) and torch.equal(moved.alpha, rotation.alpha)
-    if new == 2:
-        assert torch.equal(order, adjacent_order(128, old))
 
 
 def product(h, first, second):
