@@ -56,7 +56,7 @@ def command(targets: tuple[str, ...], threads: int | None, png: Path | None, as_
     note = f"{options['prompt_tokens']} prompt and {options['new_tokens']} new tokens, {threads} threads, "
     console.out().print(rows_table(rows, note + f"medians of {options['runs']} runs"))
     if png is not None:
-        console.out().print(f"drawn in {png}")
+        console.out().print(f"drawn in {png}", markup=False)
 
 
 def rows_table(rows: list[Any], title: str) -> Any:

@@ -80,13 +80,13 @@ class Bars:
         self.ended: set[str] = set()
         self.tasks: dict[str, Any] = {}
         self.bars = Progress(
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=self.console,
         )
 
@@ -124,11 +124,19 @@ class Bars:
         self.console.print(f"{stage}: {done}/{total} {note} {tail}".rstrip(), markup=False)
 
 
+class Literal(Table):
+    """A table of names and numbers as they stand, [brackets] too."""
+
+    def add_row(self, *cells: object, **options: Any) -> None:
+        super().add_row(*(literal(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None)
+    title = literal(title) or None
+    made = Literal(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
     for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
+        made.add_column(literal(column), justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
     return made
 
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -72,7 +73,7 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
 
     with console.Bars() as bars:
         chapter(1, "A language model: SmolLM2-135M-Instruct")
-        story.print(f"   {demo.fetch(bars)}")
+        story.print(f"   {demo.fetch(bars)}", markup=False)
     count = sum(prod(p.shape) for p in load(MODEL).params.values())
     story.print(f"   {count:,} weights, which are {units.size(4 * count)} in float32, as tpvc reads them")
 
@@ -99,7 +100,7 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
     chapter(4, "Compile it for ONNX Runtime GenAI")
     with console.Bars() as bars:
         export(str(learned), onnx, to="onnx", overwrite=True, progress=bars)
-    story.print(f"   {onnx}: {units.size(console.folder_bytes(onnx))}")
+    story.print(f"   {onnx}: {units.size(console.folder_bytes(onnx))}", markup=False)
 
     chapter(5, "Ask it something")
     story.print(f"   > {QUESTION}\n", markup=False)
@@ -118,8 +119,8 @@ def tell(out: Path, threads: int | None, story: Console, echo: bool) -> dict[str
     total = time.perf_counter() - start
     story.print(f"\n[bold]Done in {units.seconds(total)}.[/] Look at")
     story.print(f"   {learned / 'report.html'}   error of every block, before and after", markup=False)
-    story.print(f"   {picture}   the measurements")
-    story.print(f"   tpvc run {onnx}   a chat with it")
+    story.print(f"   {picture}   the measurements", markup=False)
+    story.print(f"   tpvc run {quote(str(onnx))}   a chat with it", markup=False)
     story.print(f"   tpvc quantize {MODEL} -o my-w3 --bits 3   your own turn")
     return {
         "directory": str(out),

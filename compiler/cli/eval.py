@@ -108,7 +108,9 @@ def _tasks(target: str, names: list[str], options: dict[str, Any], as_json: bool
     console.out().print(scores_table(found))
     for one in (found, found.get("against", {})):
         if one.get("cut"):
-            console.err().print(f"{one['cut']} questions were too long for {one['target']} and lost their beginning")
+            console.err().print(
+                f"{one['cut']} questions were too long for {one['target']} and lost their beginning", markup=False
+            )
 
 
 def scores_table(found: dict[str, Any]) -> Any:

@@ -90,5 +90,5 @@ def command(model: str, out: Path, data: tuple[str, ...], as_json: bool, **optio
     if told["method"] == "path":
         show(f"  general     loss {told['loss_before']:.4g} before, {told['loss_after']:.4g} after")
         show(f"  layers      coefficients {min(found.alpha):.3g} to {max(found.alpha):.3g}")
-    given = f"{quote(model)} --importance {quote(str(out))}"
+    given = f"{quote(model)} --importance {quote(str(out))}" + (" --method ewc" if told["method"] == "fisher" else "")
     show(f"  next        tpvc finetune {given} --data DOMAIN -o OUT", markup=False)

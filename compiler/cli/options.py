@@ -95,7 +95,9 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 " of the model.  [default: all-linear]",
             ),
             click.option("--rank", type=click.IntRange(1), help="Of lora; alpha is twice that.  [default: 8]"),
-            click.option("--nsamples", type=int, default=512, show_default=True, help="Windows of general text."),
+            click.option(
+                "--nsamples", type=click.IntRange(10), default=512, show_default=True, help="Windows of general text."
+            ),
             click.option(
                 "--max-length",
                 type=click.IntRange(2),

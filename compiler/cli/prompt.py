@@ -215,7 +215,7 @@ def similarity(directories: tuple[str, ...], of: str, out: Path | None, overwrit
     for title, key in (("cosine of token means", "token_mean"), ("cosine of all numbers", "flattened")):
         table = console.table(title, "", *map(console.literal, found["names"]))
         for name, row in zip(found["names"], found[key], strict=True):
-            table.add_row(console.literal(name), *(f"{value:.3f}" for value in row))
+            table.add_row(name, *(f"{value:.3f}" for value in row))
         console.out().print(table)
     if out is not None:
         console.out().print(f"drawn in {out}", markup=False)

@@ -45,7 +45,7 @@ def command(
 
     from tpvc.compiler.prompt_embeds import prompt_embeds
 
-    with console.err().status(f"loading {model}"):
+    with console.err().status(f"loading {console.literal(model)}"):
         prompt = text if raw else [{"role": "user", "content": text}]
         request = prompt_embeds(model, task, prompt, max_tokens=max_new_tokens, served=served)
     if out is None:

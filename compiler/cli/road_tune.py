@@ -35,7 +35,11 @@ A run that was interrupted goes on where it stopped when the same command is giv
 )
 @example_options
 @click.option(
-    "--variant", default="road_1", show_default=True, help="road_1, road_2 or road_4: n, 2n or 4n numbers a linear."
+    "--variant",
+    type=click.Choice(["road_1", "road_2", "road_4"]),
+    default="road_1",
+    show_default=True,
+    help="n, 2n or 4n numbers a linear.",
 )
 @click.option("--group-size", "group", type=int, help="Outputs paired among themselves.  [default: 64, or what fits]")
 @click.option(

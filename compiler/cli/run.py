@@ -143,10 +143,26 @@ def _chat(engine: Any, raw: bool, max_new_tokens: int, sampling: dict[str, Any])
     while True:
         try:
             line = input("> ")
+            check_text(line)
         except EOFError:
             return click.echo()
+        except (UnicodeDecodeError, TpvcError):
+            click.echo("tpvc: that line is not UTF-8; expected text", err=True)
+            continue
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        answer = reply(engine, engine.encode(line if raw else messages), max_new_tokens, echo=True, **sampling)
+        while len(messages) > 1 and not raw and _crowded(engine, messages, max_new_tokens):
+            del messages[:2]  # the oldest question, and its answer
+        try:
+            answer = reply(engine, engine.encode(line if raw else messages), max_new_tokens, echo=True, **sampling)
+        except TpvcError as error:
+            click.echo(f"tpvc: {error}", err=True)
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer["text"]})
+
+
+def _crowded(engine: Any, messages: list[dict[str, str]], wanted: int) -> bool:
+    """Whether the conversation leaves no room for an answer: for what was asked for, or a quarter of the context."""
+    return engine.context_length - len(engine.encode(messages)) < min(wanted, engine.context_length // 4)

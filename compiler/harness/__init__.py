@@ -27,6 +27,15 @@ RANDOM_SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
 """Those of lm_eval's own command line, so that the same examples are asked."""
 
 
+def check_lm_eval() -> None:
+    """TpvcError where it is not installed."""
+    if find_spec("lm_eval") is None:
+        raise TpvcError(
+            "lm-evaluation-harness, which knows the tasks, is not installed; install it with: "
+            "pip install 'tpvc[harness]'"
+        )
+
+
 def evaluate_tasks(
     target: str | Path,
     tasks: Sequence[str],
@@ -51,11 +60,7 @@ def evaluate_tasks(
     error is lm_eval's, over examples; nan where it has none. cut: questions that were too long for the model's context
     and lost their beginning. TpvcError without lm_eval, for what cannot be loaded, and for what a target cannot do.
     """
-    if find_spec("lm_eval") is None:
-        raise TpvcError(
-            "lm-evaluation-harness, which knows the tasks, is not installed; install it with: "
-            "pip install 'tpvc[harness]'"
-        )
+    check_lm_eval()
     if not tasks or (limit is not None and limit < 1):
         raise TpvcError(f"{len(tasks)} tasks and a limit of {limit} were given; expected at least 1 of each")
     with _quiet():

@@ -48,3 +48,16 @@ def test_paths_are_told_and_typed_as_they_are(capsys, tmp_path):
     console.out().print(console.written(tmp_path / "runs[w4]\x1b", 1.0, "3 numbers"))
     assert "runs[w4]\\x1b written in 1.0 s, 3 numbers" in capsys.readouterr().out.replace("\n", "")
     assert console.run_command(tmp_path / "my model") == f"tpvc run '{tmp_path}/my model' \"Hello\" --raw"
+
+
+def test_names_in_tables_and_bars_are_no_markup(monkeypatch, capsys):
+    made = console.table("of [a]", "name [b]", "n")
+    made.add_row("model[/x]", "1")
+    console.out().print(made)
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("of [a]", "name [b]", "model[/x]"))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with console.Bars() as bars:
+        bars("load[/x]", 1, 1, "model[/y]")
+    told = capsys.readouterr().err
+    assert "load[/x]" in told and "model[/y]" in told

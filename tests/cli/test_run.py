@@ -68,6 +68,28 @@ def test_chat_keeps_what_was_said(tpvc, exported, monkeypatch):
     assert result.stdout.count("> ") == 4  # two questions, an empty line, the end
 
 
+def test_a_chat_outlives_its_context(tpvc, exported, monkeypatch):
+    """The oldest turns are forgotten; what is too long by itself, or no text, is a sentence and no end."""
+    from tpvc.compiler.cli import console
+
+    monkeypatch.setattr(console, "interactive", lambda: True)
+    damaged = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    lines, asked = [*[PROMPT * 8] * 8, PROMPT * 200, damaged, "a\udcff", "Hello", EOFError()], []
+
+    def typed(_):  # what a terminal gives: its lines are decoded one by one
+        asked.append(lines[len(asked)])
+        if isinstance(asked[-1], Exception):
+            raise asked[-1]
+        return asked[-1]
+
+    monkeypatch.setattr("builtins.input", typed)
+    result = tpvc("run", exported, "--max-new-tokens", 8)
+    assert result.exit_code == 0, result.stderr
+    assert len(asked) == len(lines)
+    sentences = [line for line in result.stderr.splitlines() if line.startswith("tpvc: ")]
+    assert [("shorten the prompt" in s, "not UTF-8" in s) for s in sentences] == [(True, False), *[(False, True)] * 2]
+
+
 def test_stops_at_the_end_of_the_context(ok, exported):
     found = ok("run", exported, PROMPT, "--raw", "--max-new-tokens", 100000)
     assert found["prompt_tokens"] + found["new_tokens"] <= 256
