@@ -4,10 +4,10 @@ Tolerance. Two float32 evaluations differ by the order of their sums: a sum of K
 size, u = 2^-24, in either of them, and what one product gets wrong the next ones carry on, so that these errors add up.
 A runtime that keeps what it computes in 16 bits rounds every value of the graph by u = 2^-11 (float16) or 2^-8
 (bfloat16) once more, and its weights; a row rounded to 8 bits may go to the other neighbour, 2^-7 of its largest value.
-Such roundings are independent and add up as squares: the root of their sum is what logits may be off by on average
-(root mean square, of that of the logits; what all of a token have in common is left out, as probabilities do), and four
-times it, of the largest logit, what one of a vocabulary may be. The mean is what tells a graph that lacks a part from
-one that is rounded.
+Such roundings are independent and add up as squares, and what follows may make them larger: twice the root of their sum
+is what logits may be off by on average (root mean square, of that of the logits; what all of a token have in common is
+left out, as probabilities do), and four times it, of the largest logit, what one of a vocabulary may be. The mean is
+what tells a graph that lacks a part from one that is rounded.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Expected:
             rounded += ROUNDING[dtype] ** 2 if node.op not in ROUNDERS else 2.0**-14
         largest, usual = self.logits.abs().max().item(), _spread(self.logits)
         ordered, root = 2 * sums * 2.0**-24 * largest, math.sqrt(rounded)
-        return ordered + 4 * root * largest, ordered + root * usual + ROUNDING[dtype] * largest
+        return ordered + 4 * root * largest, ordered + 2 * root * usual + ROUNDING[dtype] * largest
 
     def check(self, found: torch.Tensor, target: str, runtime: str, dtype: torch.dtype = torch.float32) -> Said:
         """`found`: logits [T, vocab], or [1, vocab] of the last token."""
