@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from tpvc.compiler.adapters import prompt_recipe
-from tpvc.compiler.cli import cli, inspect
+from tpvc.compiler.cli import cli, inspect_export
 from tpvc.compiler.documents import documents
 from tpvc.compiler.engines.genai_folder import carried_prompts
 from tpvc.compiler.errors import TpvcError, printable, short
@@ -235,7 +235,7 @@ def test_a_genai_folder_that_names_what_lies_elsewhere(tmp_path):
     told = {"model": {"vocab_size": 1, "context_length": 1, "decoder": decoder}}
     (tmp_path / "genai_config.json").write_text(json.dumps(told))
     with pytest.raises(TpvcError, match="lacks what"):
-        inspect.onnx_facts(tmp_path)
+        inspect_export.onnx_facts(tmp_path)
 
 
 @pytest.mark.parametrize("prompt", [{"tokens": 10**12}, {"tokens": -1}, {"first_id": -5}, {"first_id": 2**40}])

@@ -133,7 +133,7 @@ class Literal(Table):
 
 def table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    title = literal(title) or None
+    title = "\n".join(map(literal, title.split("\n"))) or None
     made = Literal(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
     for i, column in enumerate(columns):
         made.add_column(literal(column), justify="right" if i else "left", overflow="fold", no_wrap=bool(i))

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from tpvc.compiler import units
 from tpvc.compiler.cli import console
-from tpvc.compiler.errors import TpvcError, printable
-from tpvc.compiler.output import ADAPTERS
+from tpvc.compiler.errors import printable
 
 
 @click.command(
@@ -35,11 +34,14 @@ def command(target: str, everything: bool, as_json: bool) -> None:
     TARGET is an exported folder, an artefact, a MODEL, an adapter, a soft prompt or an importance file. No weights are
     read.
     """
+    from tpvc.compiler.cli.inspect_export import is_portable, onnx_facts, package_facts, portable_facts
     from tpvc.compiler.cli.inspect_trained import trained_facts
     from tpvc.compiler.engines import is_genai, is_package
 
     if is_genai(target):
         facts = onnx_facts(Path(target))
+    elif is_portable(Path(target)):
+        facts = portable_facts(Path(target))
     elif is_package(target):
         facts = package_facts(Path(target))
     else:
@@ -117,89 +119,6 @@ def program_facts(target: str) -> dict[str, Any]:
 def _adapter(road: Any) -> str:
     kinds = sorted({f"{r.variant} in groups of {r.group}" for r in road.rotations.values()})
     return f"{', '.join(kinds)}, on {len(road.rotations)} linears, {road.trainables:,} numbers"
-
-
-def onnx_facts(folder: Path) -> dict[str, Any]:
-    """Facts about a folder for ONNX Runtime GenAI, JSON-able."""
-    import onnx
-
-    from tpvc.compiler.engines.genai_folder import carried_prompts, genai_facts
-    from tpvc.compiler.frontends.weights import is_file
-
-    config = genai_facts(folder)
-    path = folder / config["decoder"]["filename"]
-    try:
-        if not is_file(path):
-            raise OSError("it is no regular file")
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's own error types
-        raise TpvcError(f"{path}: not a readable ONNX file: {str(error).strip() or type(error).__name__}") from error
-    layouts: Counter[str] = Counter()
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            values = {a.name: a.i for a in node.attribute}
-            zeros = "zero points" if len(node.input) > 3 and node.input[3] else "no zero points"
-            level = values.get("accuracy_level", 0)
-            sizes = f"{values.get('bits', 4)} bits, block {values.get('block_size')}"
-            layouts[f"{sizes}, {zeros}, accuracy level {level}"] += 1
-    decoder = config["decoder"]
-    return {
-        "kind": "a folder for ONNX Runtime GenAI",
-        "facts": {
-            "type": config.get("type"),
-            "vocab_size": config["vocab_size"],
-            "context_length": config["context_length"],
-            **{name: value for name, value in decoder.items() if isinstance(value, int)},
-            "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
-            "IR version": model.ir_version,
-        },
-        "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
-        "matmulnbits": dict(layouts.most_common()),
-        "adapters": {f.stem: units.size(f.stat().st_size) for f in sorted((folder / ADAPTERS).glob("*.onnx_adapter"))},
-        "prompts": {name: _ids(ids) for name, ids in carried_prompts(folder).items()},
-        "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
-        "provenance": _manifest(folder),
-    }
-
-
-def package_facts(folder: Path) -> dict[str, Any]:
-    """Facts about a package of Triton kernels, JSON-able."""
-    from tpvc.compiler.backends import triton
-    from tpvc.compiler.frontends.weights import read_json
-    from tpvc.kernels import package
-
-    path = folder / triton.FILE
-    found = read_json(path)
-    try:
-        made = {name: found[name] for name in ("format", "dtype", "cache", "capacity", "slots")}
-        facts = {**made, **found["facts"], "steps": len(found["steps"])}
-        operators = Counter(step["op"] for step in found["steps"])
-        tasks = {task["name"]: f"{task['tokens']} virtual tokens" for task in found["tasks"]}
-        adapters = {name: "chosen by row" for name in found["adapters"]}
-    except (LookupError, TypeError, ValueError) as error:
-        raise TpvcError(f"{path} is damaged ({error!r}); use an intact copy, or export the model again") from error
-    kernels = package.read(folder / triton.KERNELS).entries
-    return {
-        "kind": "a package of Triton kernels",
-        "facts": facts,
-        "operators": dict(operators.most_common()),
-        "adapters": adapters,
-        "prompts": tasks,
-        "kernels": {target: f"{n} binaries" for target, n in Counter(entry.target for entry in kernels).items()},
-        "files": {f.name: units.size(f.stat().st_size) for f in sorted(folder.iterdir()) if f.is_file()},
-        "provenance": _manifest(folder),
-    }
-
-
-def _ids(ids: list[int]) -> str:
-    return f"{len(ids)} virtual tokens, ids {ids[0]} to {ids[-1]}" if ids else "in the graph, before every text"
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    from tpvc.compiler.frontends.weights import read_json
-
-    path = folder / "tpvc.json"
-    return read_json(path) if path.is_file() else None
 
 
 def _counts(title: str, values: dict[str, Any]) -> Any:

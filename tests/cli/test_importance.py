@@ -153,7 +153,7 @@ def test_what_is_there_is_not_replaced_unless_it_is_ours(ok, refused, tiny_llama
     ("options", "words"),
     [
         (("--nsamples", 4000), "use a longer text"),
-        (("--nsamples", 3), "expected at least 10"),
+        (("--nsamples", 3), "3 is not in the range x>=10"),
         (("--targets", "query"), "no linear called 'query'"),
         (("--targets", "all"), "which only weights can be"),
         (("--rank", 65), "expected 1 to"),

@@ -65,6 +65,17 @@ def test_tables(tpvc, artefact, exported):
     assert "MatMulNBits" in tpvc("inspect", exported).stdout
 
 
+def test_a_portable_graph_alone(ok, tpvc, exported, tmp_path):
+    """What is left of an export where another runtime takes its standard graph."""
+    (tmp_path / "portable").mkdir()
+    shutil.copy(exported / "model.onnx", tmp_path / "portable" / "model.onnx")
+    found = ok("inspect", tmp_path)
+    assert found["kind"].startswith("a portable graph") and list(found["files"]) == ["portable/model.onnx"]
+    assert found["matmulnbits"] == ok("inspect", exported)["matmulnbits"]
+    told = tpvc("inspect", tmp_path)
+    assert told.exit_code == 0 and "\noperators" in told.stdout
+
+
 def test_bad_input(refused, tmp_path):
     model = {"vocab_size": 1, "context_length": 1, "decoder": {"filename": "model.onnx"}}
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": model}))

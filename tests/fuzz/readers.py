@@ -12,7 +12,7 @@ import torch
 from tpvc.compiler import documents, frontends
 from tpvc.compiler.adapters import prompt_files, prompt_recipe, road_files
 from tpvc.compiler.calibration import chat_text
-from tpvc.compiler.cli import inspect, inspect_trained
+from tpvc.compiler.cli import inspect, inspect_export, inspect_trained
 from tpvc.compiler.engines.genai_folder import virtual_ids
 from tpvc.compiler.engines.text import auto_tokenizer, has_template, transformers_text
 from tpvc.compiler.errors import TpvcError
@@ -107,7 +107,7 @@ def recipe(root: Path) -> None:
 
 
 def genai(root: Path) -> None:
-    inspect.onnx_facts(root)
+    inspect_export.onnx_facts(root)
     has_template(root)
     virtual_ids(root, "task")
 
