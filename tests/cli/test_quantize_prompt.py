@@ -125,8 +125,9 @@ def test_exported_with_one_task_folded_in(carried, ok, tpvc, refused, tmp_path):
     shown = tpvc("export", out, "-o", tmp_path / "prefix", "--task", "a", "--form", "prefix", "--portable")
     assert shown.exit_code == 0 and "tpvc run" not in shown.stdout, "a portable graph alone is for other runtimes"
     assert (tmp_path / "prefix" / "portable" / "model.onnx").is_file()
-    for command in ("inspect", "run"):
-        assert "holds a portable graph alone" in refused(command, tmp_path / "prefix", *["x"] * (command == "run"))
+    assert "holds a portable graph alone" in refused("run", tmp_path / "prefix", "x")
+    told = ok("inspect", tmp_path / "prefix")
+    assert told["provenance"]["folded"]["form"] == "prefix" and "portable/model.onnx" in told["files"]
     assert not (tmp_path / "prefix" / "model.onnx").exists()
 
 

@@ -116,7 +116,7 @@ def test_csv_with_named_columns_and_halves(ok, tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--variant", "1"), "RoAd variant is '1'; expected one of road_1, road_2, road_4"),
+        (("--variant", "1"), "'1' is not one of 'road_1', 'road_2', 'road_4'"),
         (("--group-size", "48"), "does not divide"),
         (("--targets", "query"), "no linear called 'query'"),
         (("--column", "label=klass"), "klass"),
