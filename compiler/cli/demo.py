@@ -28,6 +28,7 @@ It leaves behind, under the folder given with -o:
   w4-rtn/   the same grid, rounded to nearest: the baseline
   onnx/     w4 for ONNX Runtime GenAI
   bench.png speed, memory and size beside the float original
+What tpvc wrote there before under these names is replaced.
 """,
 )
 @click.option(

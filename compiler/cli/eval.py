@@ -50,7 +50,8 @@ gsm8k (jsonl), sst2, rte (tsv). Without it any of `lm_eval ls tasks`, whose data
 @click.option(
     "--adapter",
     metavar="NAME",
-    help="An adapter that TARGET carries, or the folder of a RoAd adapter (PEFT's format).  [default: the base model]",
+    help="An adapter that TARGET carries, or, unless TARGET is exported, the folder of a RoAd adapter (PEFT's format)."
+    "  [default: the base model]",
 )
 @click.option("--task", metavar="NAME", help="Likewise a soft prompt, which stands before every window.")
 @click.option("--tasks", metavar="NAME,...", help="Names of tasks, or files NAME.yaml, instead of a text.")

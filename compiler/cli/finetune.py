@@ -37,7 +37,7 @@ is given again.
 @click.argument("model")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--data", required=True, metavar="DOMAIN", help="Examples or text to learn.")
-@click.option("--validation", metavar="FILE", help="The same kind, to choose by.  [default: every tenth of --data]")
+@click.option("--validation", metavar="FILE", help="The same kind, to choose by.  [default: a tenth of --data]")
 @click.option("--general", metavar="GENERAL", help="General text: importance is recorded on it, and it is measured.")
 @click.option("--importance", metavar="FILE", help="What `tpvc importance` wrote, instead of recording it now.")
 @click.option(
@@ -53,7 +53,7 @@ is given again.
     multiple=True,
     help="Leave out a part of hierarchical; may be given twice.",
 )
-@click.option("--phi", type=float, help="Strength of the penalty, instead of --ratio.")
+@click.option("--phi", type=float, help="Strength of the penalty from the first step, instead of --ratio.")
 @click.option("--ratio", type=float, help="Penalty over loss where it sets in, at a quarter.  [default: 0.02]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of epochs.")

@@ -23,7 +23,8 @@ Examples:
 
 \b
 GENERAL is text as `tpvc quantize --dataset` takes it: a .txt, .md, .jsonl, .parquet, .csv or .tsv
-file, builtin, or a data set by name. The model learns it for one epoch; every tenth window is only
+file, builtin (some 170 windows of 256 tokens; the model writes the rest), or a data set by name.
+The model learns it for one epoch; every tenth window is only
 measured. The file is made once for a model and what is trained, and reused for every domain.
 Under torchrun the processes share every batch. A run that was interrupted goes on where it stopped
 when the same command is given again; one of fisher begins again.

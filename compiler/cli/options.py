@@ -157,8 +157,8 @@ def quantize_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--activations",
                 type=click.Choice(["int8", "fp8", "int8-static"]),
                 help="Round what the linears of the blocks read too, per token while the model runs; fp8 goes with at "
-                "most 4 bits a weight. int8-static: on one grid for all tokens. int8 and int8-static look at the "
-                "calibration text first.  "
+                "most 4 bits a weight. int8-static: on one grid for all tokens where that costs little, else per "
+                "token. int8 and int8-static look at the calibration text first.  "
                 "[default: they stay in float]",
             ),
             click.option(

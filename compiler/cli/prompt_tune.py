@@ -19,7 +19,7 @@ Examples:
   tpvc prompt tune smollm2-135m --data train.jsonl -o my-task
   tpvc prompt tune smollm2-135m --data sst2.tsv --column text=sentence --label 0=negative --label 1=positive
       --template "Review: {text}\\nSentiment:" --validation dev.tsv -o sentiment
-  tpvc prompt tune smollm2-w4 --data train.jsonl --init prompt:my-task --steps 50 -o my-task-w4
+  tpvc prompt tune smollm2-w4 --data train.jsonl --init prompt:my-task --steps 50 --lr 0.03 -o my-task-w4
                                                                a few steps more, on the integers
   tpvc prompt tune MODEL --data few.jsonl --init prompt:sum -o new-task    from a sum of other tasks' vectors
 

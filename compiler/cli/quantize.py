@@ -76,7 +76,7 @@ Examples:
   tpvc quantize ./Qwen2.5-0.5B -o qwen-mixed --avg-bits 3.5    2, 3, 4 or 8 bits, each where it pays
   tpvc quantize model.gguf -o out --bits 4 --group-size -1 --dataset my_texts.jsonl
   tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8      activations in int8, per token
-  tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8 --activations int8-static    per tensor
+  tpvc quantize ./Llama -o llama-w8a8 --scheme W8A8 --activations int8-static    per tensor where it costs little
   tpvc quantize ./Llama -o llama-kv8 --cache int8        keys and values in int8
   tpvc quantize ./gpt2 -o gpt2-rtn --method rtn          the baseline, in seconds
   tpvc quantize MODEL -o out --road a=./a --road b=./b   one integer base under two adapters
@@ -90,6 +90,11 @@ OUT is a checkpoint that transformers loads as it stands (compressed-tensors), w
 A run that was interrupted goes on after its last finished block when the same command is
 given again; the same command gives the same bytes.
 A model without a chat template answers to `tpvc run OUT "Hello" --raw`.
+
+\b
+Records of --dataset have text, prompt and completion, or messages; a table without these is read
+by its first column of text. A data set by name is NAME or NAME:CONFIG, split train. Where builtin
+is too short (it holds some 170 windows of 256 tokens) the model writes the rest.
 """,
 )
 @click.argument("model")

@@ -24,7 +24,7 @@ def example_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--data", required=True, metavar="FILE", help="Examples: .jsonl, .csv or .tsv."),
             click.option(
-                "--validation", metavar="FILE", help="Examples to choose by.  [default: every tenth of --data]"
+                "--validation", metavar="FILE", help="Examples to choose by.  [default: a tenth of --data, 500 at most]"
             ),
             click.option(
                 "--template", help="The prompt of a text and label example, with {field} places.  [default: {text}\\n]"

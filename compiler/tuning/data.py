@@ -19,7 +19,7 @@ from tpvc.compiler.tuning.examples import Encoded, encode_examples, read_example
 LARGEST_RATE = 1e37
 """AdamW's first step is ten times the rate, which float32 has to hold."""
 HELD_OUT, AT_MOST = 10, 500
-"""Without a validation file every tenth example is kept from training, at most 500 of them."""
+"""Without a validation file a tenth of the examples, drawn with the seed, is kept from training, at most 500."""
 
 
 @dataclass(frozen=True)

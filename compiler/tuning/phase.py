@@ -80,11 +80,13 @@ def general_step(
 
 @dataclass(frozen=True, eq=False)
 class Strength:
-    """phi: float64 [], changed in place where it is found out. ratio: the wanted penalty over loss; None: phi is given.
+    """phi: float64 [], changed in place where it is found out. ratio: the wanted penalty over loss; None: phi is given,
+    and holds from the first step.
 
-    The first QUARTER of the run has no penalty. Where it ends phi becomes what makes the penalty of the movement until
-    then the wanted share of the loss, and stays. It is not corrected later: a stronger phi holds elements back, so that
-    beyond some strength the penalty becomes less, and a wish that is never met would drive phi up without end.
+    With a ratio the first QUARTER of the run has no penalty. Where it ends phi becomes what makes the penalty of the
+    movement until then the wanted share of the loss, and stays. It is not corrected later: a stronger phi holds
+    elements back, so that beyond some strength the penalty becomes less, and a wish that is never met would drive phi
+    up without end.
     """
 
     phi: Tensor
