@@ -15,14 +15,20 @@ def weight_bytes(program: Any) -> int:
 
 
 def parameter_bytes(parameter: Any) -> int:
-    """Bytes a parameter needs when stored: codes, scales (2 bytes each) and zero points for an integer one."""
+    """Bytes a parameter needs when stored: codes, scales and zero points for an integer one."""
     from math import prod
 
-    from tpvc.compiler.program import grid_of
+    from tpvc.compiler.program import QTensor, grid_of
 
     grid, shape = grid_of(parameter), tuple(parameter.shape)
     if grid is None:
         return prod(shape) * parameter.dtype.itemsize
-    groups = 1 if grid.group == 0 else shape[0] * (shape[1] // grid.columns(shape[1]))
-    zeros = 0 if grid.symmetric else groups * grid.bits // 8
-    return prod(shape) * grid.bits // 8 + 2 * groups + zeros
+    scales = parameter.scale_dtype if isinstance(parameter, QTensor) else parameter.dtype
+    return -(-matrix_bits(shape, grid, scales) // 8)
+
+
+def matrix_bits(shape: tuple[int, int], grid: Any, scale_dtype: Any) -> int:
+    """Bits of codes, scales and zero points of a matrix [out, in] on a Grid, each as wide as it has to be."""
+    rows, columns = shape
+    scales = 1 if grid.group == 0 else rows * (columns // grid.columns(columns))
+    return rows * columns * grid.bits + scales * (8 * scale_dtype.itemsize + (0 if grid.symmetric else grid.bits))

@@ -18,6 +18,7 @@ import torch
 
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import Grid, Node, Program, linears
+from tpvc.compiler.weight_bytes import matrix_bits
 
 WIDTHS = (2, 3, 4, 8)
 """What is chosen from: the widths that every format of several widths holds."""
@@ -50,16 +51,9 @@ def fused(program: Program, grid: Grid, scale_dtype: torch.dtype, widths: Sequen
     for (block, _), nodes in found.items():
         weights = tuple(n.params["weight"] for n in nodes)
         shapes = [tuple(program.params[w].shape) for w in weights]
-        costs = {b: sum(taken(s, replace(grid, bits=b), scale_dtype) for s in shapes) for b in widths}
+        costs = {b: sum(matrix_bits(s, replace(grid, bits=b), scale_dtype) for s in shapes) for b in widths}
         groups.append(Fused(block, tuple(n.name for n in nodes), weights, sum(map(prod, shapes)), costs))
     return tuple(groups)
-
-
-def taken(shape: tuple[int, int], grid: Grid, scale_dtype: torch.dtype) -> int:
-    """Bits of codes, scales and zero points of a matrix [out, in], each as wide as it has to be."""
-    rows, columns = shape
-    scales = 1 if grid.group == 0 else rows * (columns // grid.columns(columns))
-    return rows * columns * grid.bits + scales * (8 * scale_dtype.itemsize + (0 if grid.symmetric else grid.bits))
 
 
 def average(groups: Sequence[Fused], widths: Sequence[int]) -> float:

@@ -80,11 +80,18 @@ def _of_node(program: Program, node: Node, integers) -> Iterator[tuple[object, i
             yield node.params[part], 4 * rows * width
         return
     for name in node.params.values():
-        parameter = program.params[name]
-        if grid_of(parameter) is None:
+        parameter, grid = program.params[name], grid_of(program.params[name])
+        if grid is None:
             yield name, 4 * prod(parameter.shape)
+        elif node.op == "embed" and integers is _dequantised:  # rows of a table are gathered as bytes
+            rows, columns = parameter.shape
+            scales = rows * (columns // grid.columns(columns))
+            yield (name, "codes"), rows * columns
+            yield (name, "scales"), 4 * scales
+            if not grid.symmetric:
+                yield (name, "zeros"), scales
         else:
-            for part, count in enumerate(integers(tuple(parameter.shape), grid_of(parameter))):
+            for part, count in enumerate(integers(tuple(parameter.shape), grid)):
                 yield (name, part), count
 
 

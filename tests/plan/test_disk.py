@@ -63,6 +63,22 @@ def test_onnx(both, portable, tmp_path):
     assert abs(onnx_bytes(planned, portable) - written) <= 4096 * tensors
 
 
+def test_a_tied_table_is_in_the_portable_graph_by_rows_too(tiny_tokenizer, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=16384, tie_word_embeddings=True, max_position_embeddings=64, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    tiny_tokenizer.save_pretrained(tmp_path / "tied")
+    grid = {"method": "rtn", "bits": 4, "group": 32}
+    quantize(tmp_path / "tied", tmp_path / "artefact", **grid)
+    planned = outcome(prepare(tmp_path / "tied", **grid))
+    export(tmp_path / "artefact", tmp_path / "onnx", to="onnx", portable=True)
+    written = sum(f.stat().st_size for f in (tmp_path / "onnx").rglob("model.onnx.data"))
+    tensors = 3 * sum(n.op in ("linear", "embed") for n in planned.nodes) * 2
+    assert abs(onnx_bytes(planned, portable=True) - written) <= 4096 * tensors < 16384 * 64
+
+
 def test_triton(both, tmp_path):
     from safetensors.torch import save_file
 
