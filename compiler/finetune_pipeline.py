@@ -203,7 +203,7 @@ def finetune(
     length = min(max_length, program.facts.context_length)
     domain = read_domain(program, tokenizer, data, validation, length, seed)
     text = None if general is None else read_general(program, tokenizer, str(general), nsamples, length, seed, progress)
-    watched = (read_held_out(program, tokenizer, length) if text is None else text.checking)[:MEASURED]
+    watched = (read_held_out(tokenizer, length) if text is None else text.checking)[:MEASURED]
     progress("load", 1, 1, "")
     steps = steps_of(epochs, steps, batch_size, len(domain.training))
     options = {
@@ -244,6 +244,8 @@ def finetune(
                 general_phase(program, [text], general, needs, kind, work / BLOCKS, path, own, progress)
             found = importance_file.read(path)
         space = how.space(program)
+        if importance is not None:
+            importance_file.check_space(found, importance, space)
         held = how.held(program, space)
 
         def measured() -> list[float]:

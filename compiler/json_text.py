@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 DEEPEST = 64
@@ -29,8 +30,8 @@ def parse(text: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(n for n in names if names.count(n) > 1):.60}' stands twice in one object")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"'{next(n for n, c in counts.items() if c > 1):.60}' stands twice in one object")
     return found
 
 

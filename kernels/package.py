@@ -194,7 +194,7 @@ def for_device(package: Package, backend: str, arch: int | str) -> tuple[Entry, 
     if not order:
         raise TpvcError(
             f"the kernels in '{package.folder}' are for {', '.join(package.targets) or 'no target'} and this device is "
-            f"{backend}:{arch}; build the package with this target, or run it with --device cpu"
+            f"{backend}:{arch}; build the package with this target, or let run and bench use the CPU (--device cpu)"
         )
     mine = [e for e in package.entries if e.target in order]
     return tuple(sorted(mine, key=lambda e: (order.index(e.target), min(map(min, e.ranks.values()), default=0))))

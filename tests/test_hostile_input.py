@@ -246,6 +246,12 @@ def test_prompts_of_a_genai_folder_are_bounded(tmp_path, prompt):
         carried_prompts(tmp_path)
 
 
+def test_prompts_of_a_genai_folder_take_no_memory_until_one_is_used(tmp_path):
+    told = {"prompts": [{"name": str(i), "first_id": 4, "tokens": 2**24 - 1} for i in range(1000)]}
+    (tmp_path / "tpvc.json").write_text(json.dumps(told))
+    assert set(carried_prompts(tmp_path).values()) == {range(4, 4 + 2**24 - 1)}
+
+
 def test_numbers_beside_an_onnx_graph_lie_beside_it(tmp_path):
     import onnx
 

@@ -20,6 +20,7 @@ def test_values_are_those_of_the_standard_reader():
         ('{"a":' * 900 + "1" + "}" * 900, "nested deeper"),
         ("9" * 5000, "4300 digits"),
         ("{", "Expecting"),
+        ("{" + ", ".join(f'"{i}": 0' for i in (*range(200_000), 199_999)) + "}", "'199999' stands twice"),
     ],
 )
 def test_refused(text, said):

@@ -74,8 +74,8 @@ def test_documents_that_spell_their_beginning(loaded, tmp_path):
 
 
 def test_text_that_comes_with_tpvc_for_measuring(loaded):
-    program, plain, begins = loaded
-    with_it, without = (read_held_out(program, t, n) for t, n in ((begins, 17), (plain, 16)))
+    _, plain, begins = loaded
+    with_it, without = (read_held_out(t, n) for t, n in ((begins, 17), (plain, 16)))
     assert [e.ids[1:] for e in with_it] == [e.ids for e in without]
     assert {(e.ids[0], e.answer) for e in with_it} == {(0, 1)}
 

@@ -135,10 +135,14 @@ def _loader() -> type:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            names = [key.value for key, _ in node.value]
-            for number, (key, _) in enumerate(node.value):
-                if key.value in names[:number]:
-                    raise yaml.constructor.ConstructorError(None, None, f"found '{key.value}' twice", key.start_mark)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):  # other keys are refused by the loader itself
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"found '{key.value}' twice", key.start_mark
+                        )
+                    seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     return Once

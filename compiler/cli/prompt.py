@@ -213,7 +213,7 @@ def similarity(directories: tuple[str, ...], of: str, out: Path | None, overwrit
     if as_json:
         return console.print_json({"page": None if out is None else str(out), **found})
     for title, key in (("cosine of token means", "token_mean"), ("cosine of all numbers", "flattened")):
-        table = console.table(title, "", *map(console.literal, found["names"]))
+        table = console.table(title, "", *found["names"])
         for name, row in zip(found["names"], found[key], strict=True):
             table.add_row(name, *(f"{value:.3f}" for value in row))
         console.out().print(table)
@@ -268,7 +268,7 @@ def _make(work: Callable[[Any], Path], out: Path, as_json: bool) -> None:
     show, tokens = console.out().print, manifest["parts"][0]["tokens"]
     found = manifest["search"]
     if found is not None:
-        table = console.table("right answers", "lambda", *map(console.literal, found["tasks"]), "mean")
+        table = console.table("right answers", "lambda", *found["tasks"], "mean")
         for row in found["table"]:
             chosen = "bold" if row["lambda"] == found["lambda"] else None
             shares = (f"{100 * share:.1f} %" for share in (*row["exact"], row["mean"]))

@@ -13,6 +13,9 @@ from tpvc.compiler.cli import console
 from tpvc.compiler.cli.options import check_text, device_option
 from tpvc.compiler.errors import TpvcError
 
+LEAST = 1e-6
+"""The lowest temperature above 0: logits divided by it are finite in float32."""
+
 
 @click.command(
     "run",
@@ -47,12 +50,13 @@ without one, through its kernels' references; everything else through the refere
 @click.option(
     "--adapter",
     metavar="NAME",
-    help="An adapter that TARGET carries, or the folder of a RoAd adapter (PEFT's format).  [default: the base model]",
+    help="An adapter that TARGET carries, or, unless TARGET is exported, the folder of a RoAd adapter (PEFT's format)."
+    "  [default: the base model]",
 )
 @click.option(
     "--task",
     metavar="NAME",
-    help="A soft prompt that TARGET carries, or the folder of one (PEFT's format), put before the prompt.",
+    help="Likewise a soft prompt, put before the prompt.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.  [default: all cores]")
 @device_option
@@ -74,8 +78,8 @@ def command(
 
     TARGET is an exported folder, an artefact or a MODEL.
     """
-    if not math.isfinite(temperature):  # which a range of click's lets pass
-        raise TpvcError(f"--temperature is {temperature}; expected a number from 0 on")
+    if not math.isfinite(temperature) or 0 < temperature < LEAST:  # which a range of click's lets pass
+        raise TpvcError(f"--temperature is {temperature}; expected 0, or a number from {LEAST} on")
     chat = prompt is None and console.interactive() and not as_json
     if prompt is None and not chat:
         prompt = _piped()

@@ -77,6 +77,12 @@ def open_engine(
     """
     if device not in DEVICES:
         raise TpvcError(f"device '{device}' was asked for; expected one of {', '.join(DEVICES)}")
+    for option, given in (("--road", adapter), ("--prompt", task)):
+        if given is not None and os.sep in given and (is_package(target) or is_genai(target)):
+            raise TpvcError(
+                f"'{given}' is no name, and the exported folder '{target}' has only what it was exported with; "
+                f"name that, or export again with {option} NAME={given}"
+            )
     if is_package(target):
         from tpvc.compiler.engines.package import open_package
 

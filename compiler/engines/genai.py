@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def open_genai(folder: Path, threads: int, adapter: str | None, task: str | None
     facts = genai_facts(folder)
     file = None if adapter is None else adapter_file(folder, adapter)
     before = virtual_ids(folder, task)
-    try:
+    with _told(folder, "load"):
         config = og.Config(str(folder))
         session = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": session}}))
@@ -30,17 +31,16 @@ def open_genai(folder: Path, threads: int, adapter: str | None, task: str | None
         adapters = og.Adapters(model)
         if file is not None:
             adapters.load(str(file), adapter)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise TpvcError(f"{folder}: ONNX Runtime GenAI cannot load this folder: {_first_line(error)}") from error
     eos = set(token_ids(facts, "eos_token_id"))
 
     def start(ids: list[int], length: int, **options: Any) -> og.Generator:
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=length, **options)
-        generator = og.Generator(model, params)
-        if adapter is not None:
-            generator.set_active_adapter(adapters, adapter)
-        generator.append_tokens(np.asarray(ids, np.int32))
+        with _told(folder, "run"):
+            params = og.GeneratorParams(model)
+            params.set_search_options(max_length=length, **options)
+            generator = og.Generator(model, params)
+            if adapter is not None:
+                generator.set_active_adapter(adapters, adapter)
+            generator.append_tokens(np.asarray(ids, np.int32))
         return generator
 
     def generate(
@@ -51,7 +51,8 @@ def open_genai(folder: Path, threads: int, adapter: str | None, task: str | None
         least = {} if stop else {"min_length": length}
         generator = start(ids, length, do_sample=temperature > 0, **sampling, **least)
         for _ in range(max_new_tokens):
-            generator.generate_next_token()
+            with _told(folder, "run"):
+                generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
             if stop and token in eos:
                 return
@@ -141,5 +142,11 @@ def _beginning(file: Path) -> list[int]:
     return before(*(made.encode("a", add_special_tokens=special).ids for special in (False, True)))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextmanager
+def _told(folder: Path, what: str) -> Iterator[None]:
+    """GenAI's errors as one sentence; it says `what` it could not do with the folder."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TpvcError(f"{folder}: ONNX Runtime GenAI cannot {what} this folder: {reason}") from error

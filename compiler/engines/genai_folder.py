@@ -35,7 +35,7 @@ MOST_IDS = 1 << 24
 """Ids, and virtual tokens, are fewer than this."""
 
 
-def carried_prompts(folder: Path) -> dict[str, list[int]]:
+def carried_prompts(folder: Path) -> dict[str, range]:
     """{task: ids of its virtual tokens} of a GenAI folder; of a prompt that was folded into its graph, no ids."""
     from tpvc.compiler.frontends.weights import read_json
 
@@ -43,14 +43,14 @@ def carried_prompts(folder: Path) -> dict[str, list[int]]:
     manifest = read_json(path) if path.is_file() else {}
     match manifest:
         case {"folded": {"name": str(name)}}:
-            found[name] = []
+            found[name] = range(0)
     listed = manifest.get("prompts", [])
     for prompt in listed if isinstance(listed, list) else [listed]:
         match prompt:
             case {"name": str(name), "first_id": int(first), "tokens": int(tokens)} if (
                 0 <= first < MOST_IDS and 0 < tokens < MOST_IDS
             ):
-                found[name] = list(range(first, first + tokens))
+                found[name] = range(first, first + tokens)
             case _:
                 raise TpvcError(f"{path} lists a prompt without its name, ids and length; export the model again")
     return found
@@ -61,9 +61,9 @@ def virtual_ids(folder: Path, task: str | None) -> list[int]:
     if task is None:
         return []
     found = carried_prompts(folder)
-    if found.get(task) == []:
+    if task in found and not found[task]:
         raise TpvcError(f"the prompt '{task}' is folded into this folder's graph, before every text; leave --task out")
     if task not in found:
         names = ", ".join(name for name, ids in found.items() if ids)
         raise TpvcError(f"the model has no task '{task}'; it has {names or 'none'}")
-    return found[task]
+    return list(found[task])

@@ -131,13 +131,13 @@ def load(path: Path, name: str, integers: bool = False) -> Program:
                     f"the GGUF has '{tensor.name}' of shape {shapes[tensor.name]}, expected {arch.shapes[target]}"
                 )
             params[target] = Lazy(shapes[tensor.name], torch.float32, _reading(path, tensor, config))
-        if integers:
-            params |= _integers(tensors, arch, config)
         if missing := sorted(arch.shapes.keys() - params.keys()):
             raise TpvcError(
-                f"the GGUF lacks {len(missing)} tensors, among them '{missing[0]}'; it is one part of a split "
+                f"the GGUF lacks the tensor '{missing[0]}', one of {len(missing)}; it is one part of a split "
                 "model or damaged: expected a whole model in one file"
             )
+        if integers:
+            params |= _integers(tensors, arch, config)
     except TpvcError as error:
         raise TpvcError(f"{path.name}: {error}") from error
     except DAMAGE as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ TEMPLATE = "{text}\n"
 """Of records with a text and without a prompt, where the user gives none."""
 
 PLACE = re.compile(r"\{([^{}\n]+)\}")
+RENAME = "rename the column that holds it, or, to tune an adapter or a prompt, name it with --column"
 SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
@@ -166,7 +168,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             header = next(rows, [])
-            twice = [name for name in header if header.count(name) > 1]
+            twice = [name for name, count in Counter(header).items() if count > 1]
             if twice:
                 raise TpvcError(f"{path} has two columns '{twice[0]}'; expected each name once in the header")
             for cells in rows:
@@ -202,15 +204,13 @@ def _example(record: Mapping[str, Any], template: str | None, labels: Mapping[st
         completion = " " + _label(record, labels, where)
     else:
         wanted = "'completion'" if "prompt" in record and template is None else "'label' or 'completion'"
-        raise TpvcError(f"{where} has no column {wanted}, it has {_names(record)}; name the column that holds it")
+        raise TpvcError(f"{where} has no column {wanted}, it has {_names(record)}; {RENAME}")
     if not completion.strip():
         raise TpvcError(f"{where} has an empty completion; expected what the model is to write")
     if template is None and "prompt" in record:
         return Example(_text(record, "prompt", where), completion)
     if template is None and "text" not in record:
-        raise TpvcError(
-            f"{where} has no column 'prompt' or 'text', it has {_names(record)}; name the one that holds it"
-        )
+        raise TpvcError(f"{where} has no column 'prompt' or 'text', it has {_names(record)}; {RENAME}")
 
     def value(place: re.Match[str]) -> str:
         if place[1] not in record:

@@ -164,3 +164,15 @@ def check_base(found: Importance, path: Path, base: str | None) -> None:
             f"{path} was made of another model ({str(found.about['base'])[:12]}, this one is {str(base)[:12]});"
             " make one of this model with `tpvc importance`"
         )
+
+
+def check_space(found: Importance, path: Path, space: Space) -> None:
+    """TpvcError where the file has tensors of other names or shapes than `space`, which its metadata describes."""
+    starts = {name: tuple(p.shape) for name, p in space.params.items()}
+    expected = ({name: tuple(space.value(name).shape) for name in space.layers}, starts)
+    omega = {name: tuple(coded.codes.shape) for name, coded in found.omega.items()}
+    if (omega, {name: tuple(t.shape) for name, t in found.anchor.items()} or starts) != expected:
+        raise TpvcError(
+            f"{path} does not have the tensors that '{found.about['train']}' trains in this model; it was changed,"
+            " make it again with `tpvc importance`"
+        )

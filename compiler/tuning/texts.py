@@ -80,7 +80,7 @@ def windows(program: Program, tokenizer: Any, path: Path, length: int) -> list[E
     if found.columns and not {"text", "prompt", "messages"} & set(found.columns):
         raise TpvcError(
             f"{path} has no column completion, label, text or messages, and '{found.columns[0]}' would be learned"
-            " alone; name the columns that are to be learned so"
+            " alone; give the columns that are to be learned one of these names"
         )
     for text in found.texts:
         ids += encode_behind(tokenizer, text, begin)
@@ -120,7 +120,7 @@ def read_general(
     return Data(learned, kept, found.origin)
 
 
-def read_held_out(program: Program, tokenizer: Any, length: int) -> list[Encoded]:
+def read_held_out(tokenizer: Any, length: int) -> list[Encoded]:
     """Windows of the text that comes with tpvc for measuring, where no general text was named."""
     from tpvc.compiler.measure import HELD_OUT as TEXT
 

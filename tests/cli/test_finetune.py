@@ -303,6 +303,24 @@ def test_importance_that_does_not_belong(refused, given, tiny_llama, texts, reco
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("kind", ["importance", "anchor"])
+@pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: None], ids=["shorter", "away"])
+def test_importance_whose_tensors_were_changed(refused, given, texts, recorded, tmp_path, kind, change):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    rest, file = [x for x in given if x not in ("--general", texts[0])], tmp_path / "changed.importance"
+    with safe_open(recorded["lora"], framework="pt") as held:
+        told = held.metadata()
+    tensors = load_file(recorded["lora"])
+    name = next(n for n in tensors if n.startswith(f"{kind}."))
+    changed = change(tensors.pop(name))
+    save_file(tensors | ({} if changed is None else {name: changed.clone()}), file, told)
+    said = refused(*rest, "-o", tmp_path / "o", "--importance", file)
+    assert "does not have the tensors" in said or "is damaged" in said
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
 def test_an_importance_file_serves_the_quantised_form_of_its_model(ok, given, texts, recorded, artefact, tmp_path):
     rest = [x for x in given if x not in ("--general", texts[0])]
     ok("finetune", artefact, *rest[2:], "-o", tmp_path / "o", "--importance", recorded["lora"])

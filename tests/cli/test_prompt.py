@@ -248,7 +248,8 @@ def test_similarity_is_told_drawn_and_exact(ok, tpvc, pair, tmp_path):
     prompts = ok("prompt", "similarity", a, b, "--of", "prompts")
     assert prompts["flattened"][0][1] != found["flattened"][0][1]
     shown = tpvc("prompt", "similarity", a, f"[b]={b}", "-o", tmp_path / "page.html", "--overwrite").stdout
-    assert "cosine of token means" in shown and "[b]" in shown and f"{found['flattened'][0][1]:.3f}" in shown
+    assert "cosine of token means" in shown and f"{found['flattened'][0][1]:.3f}" in shown
+    assert shown.count("[b]") == 4 and "\\[b]" not in shown  # a row and a column of both tables
 
 
 def test_prompts_without_a_start_are_alike_as_prompts_only(ok, refused, theirs, pair):

@@ -102,7 +102,10 @@ def test_bad_input(refused, artefact, exported, tmp_path):
     assert "standard input is not UTF-8 at byte 1" in refused("run", exported, input=b"a\xff")
     for target in (artefact, exported):
         assert "prompt is not UTF-8" in refused("run", target, "a\udcff")
-    assert "--temperature" in refused("run", exported, PROMPT, "--temperature", "nan")
+    for temperature in ("nan", "1e-38"):
+        assert "--temperature" in refused("run", exported, PROMPT, "--temperature", temperature)
+    for option in ("adapter", "task"):
+        assert "is no name, and the exported folder" in refused("run", exported, PROMPT, f"--{option}", "./mine")
     assert "--seed" in refused("run", exported, PROMPT, "--seed", 2**40)
     for damaged in ("{}", "[]", "{", '{"model": {}}'):
         (tmp_path / "genai_config.json").write_text(damaged)

@@ -398,6 +398,12 @@ def test_damaged_files_are_one_clear_error(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(TpvcError, match=r"m\.gguf"):
             gguf.load(path, "m")
+    short = oracle("llama")
+    short.model.layers[1].mlp.down_proj = torch.nn.Identity()
+    write(path, short, Type.Q4_0)
+    for integers in (False, True):
+        with pytest.raises(TpvcError, match=r"lacks the tensor 'model\.layers\.1\.mlp\.down_proj\.weight', one of 1; "):
+            gguf.load(path, "m", integers=integers)
 
 
 def test_a_flipped_byte_of_the_header_never_ends_in_another_error(tmp_path):

@@ -177,6 +177,22 @@ def test_what_the_graph_computes_counts_too(made, copy, with_hashes):
     assert all(f.proven for f in verify([made["transformers"], folder], logits=False) if f.subject == "numbers")
 
 
+def test_a_graph_that_loads_and_does_not_run(made, copy, with_hashes):
+    """The last reshape's shape is no number that is compared; values of another count do not fit it."""
+    import numpy as np
+    import onnx
+
+    folder = copy("onnx")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    shapes = {t.name: t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT64}
+    node = next(n for n in model.graph.node if any(name in shapes for name in n.input))
+    tensor = shapes[next(name for name in node.input if name in shapes)]
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tuple(tensor.dims), 12345, np.int64), tensor.name))
+    onnx.save(model, folder / "model.onnx")
+    with_hashes(folder)
+    refused([made["transformers"], folder], r"^ONNX Runtime cannot run '.*model\.onnx': .+$")
+
+
 def test_a_layout_that_the_node_denies(made, copy):
     import onnx
 
