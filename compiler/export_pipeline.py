@@ -14,7 +14,6 @@ from tpvc.compiler import frontends
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.identity import run_identity, versions
-from tpvc.compiler.job import scale_dtype
 from tpvc.compiler.output import ARTEFACT, BLOCKS, MANIFEST, check_apart, check_free, published
 from tpvc.compiler.program import prompt_ids, rounded_cache
 from tpvc.compiler.progress import Progress, silent
@@ -122,10 +121,11 @@ def export(
             huggingface.emit(program, folder, tokenizer, manifest, runtime=to)
         elif to == "triton":
             from tpvc.compiler.backends import triton
+            from tpvc.compiler.backends.triton.model import activation_dtype
             from tpvc.kernels import aot
 
             check_order(program, "a Triton package")
-            dtype = torch.bfloat16 if scale_dtype(program) == torch.bfloat16 else torch.float16
+            dtype = activation_dtype(program)
             kept = None if cache is None else torch.int8
             brought = {"adapters": manifest["adapters"], "prompts": manifest["prompts"]}
             identity = {**run_identity(program), **aot.identity(), **brought, "to": to, "targets": targets}

@@ -92,6 +92,12 @@ def run(
     return out
 
 
+def at_head(program: Program) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """(nodes before the head, the head and what follows it): the latter treat every position alone."""
+    head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
+    return program.nodes[:head], program.nodes[head:]
+
+
 def positions_of(mask: Tensor, new: int) -> Tensor:
     """Positions int64 [B, new] of the last `new` tokens: padding is not counted, a padding token stands at 0."""
     return positions(mask, mask[:, -new:])
@@ -104,6 +110,7 @@ def logits(
     weight: Weight | None = None,
     cache: Cache | None = None,
     adapter_ids: Tensor | None = None,
+    ops: Mapping[str, Op] = OPS,
 ) -> Tensor:
     """Logits float32 [B, T, vocab] for int64 `input_ids` [B, T]; `mask` [B, past + T] marks real tokens.
 
@@ -115,7 +122,7 @@ def logits(
         mask = torch.ones(input_ids.shape[0], past + input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
     values = {"input_ids": input_ids, "mask": mask.bool(), "positions": positions_of(mask, input_ids.shape[1])}
     values["adapter_ids"] = checked_ids(program, adapter_ids, input_ids)
-    return run(program.nodes, values, weight or from_files(program), cache)
+    return run(program.nodes, values, weight or from_files(program), cache, ops=ops)
 
 
 def checked_ids(program: Program, adapter_ids: Tensor | None, input_ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tpvc.compiler.interpret import Cache, finite, from_files, in_memory, logits
 from tpvc.compiler.program import Program
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.windows import beginning
+from tpvc.passes.block import EXACT
 
 HELD = 2 << 30
 """Bytes of float32 parameters up to which a model is held in memory to sample; a larger one is read every step."""
@@ -23,6 +24,7 @@ def sample(
     program: Program, tokenizer: Any, windows: int, seqlen: int, seed: int, progress: Progress | None = None
 ) -> Tensor:
     """`windows` windows of `seqlen` tokens, int64, sampled at temperature 1 from one generator seeded with `seed`.
+    Activations that are to be rounded are not: the text is that of the model in float.
 
     Behind what every window begins with (`windows.py`) stands an ordinary token drawn uniformly, which spreads the
     windows over topics; a model that ends its text goes on with another one. Ids that the tokenizer does not know
@@ -44,7 +46,7 @@ def sample(
         cache: Cache = {}
         tokens = [step]
         for position in range(step.shape[1], seqlen):
-            last = finite(logits(program, step, weight=weight, cache=cache)[:, -1, :known])
+            last = finite(logits(program, step, weight=weight, cache=cache, ops=EXACT)[:, -1, :known])
             step = torch.multinomial(last.softmax(-1), 1, generator=generator)
             tokens.append(step)
             if position % 16 == 0:

@@ -76,7 +76,7 @@ class BlockStore:
     def save(
         self, block: int, params: Mapping[str, QTensor], record: dict, streams: Mapping[str, torch.Tensor] | None
     ) -> dict[str, Lazy]:
-        """Keep a finished block, and as `streams` what the next one starts from; older streams are removed."""
+        """Keep a finished block, and as `streams` what the next one starts from: older ones are removed then."""
         if streams is not None:
             self.keep(block, streams)
         tensors = {f"{name}/{n}": t for name, q in params.items() for n, t in to_tensors(q, _FORM).items()}
@@ -86,7 +86,7 @@ class BlockStore:
         }
         path = self._block(block)
         _write(path, tensors, {"params": json.dumps(told), "record": json.dumps(record, sort_keys=True)})
-        for old in self.directory.glob("stream-*.safetensors"):
+        for old in self.directory.glob("stream-*.safetensors") if streams is not None else ():
             if not old.name.startswith(self._stream(block).stem):
                 old.unlink(missing_ok=True)
         return {name: _lazy(path, name, *t) for name, t in told.items()}

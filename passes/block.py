@@ -71,7 +71,9 @@ class Block:
             place.copy_(self.output(part, weights, own, ops=ops))
         return made
 
-    def importance(self, x: Tensor, ids: Tensor, windows: int, ranks: Ranks) -> dict[str, Tensor]:
+    def importance(
+        self, x: Tensor, ids: Tensor, windows: int, ranks: Ranks, ops: Mapping[str, Op] = QUICK
+    ) -> dict[str, Tensor]:
         """Mean square of every input feature of every linear, float32 [in], by weight name. Three digits are enough.
 
         Over so many windows, of which x [k, L, D] are this process's (tpvc.passes.share). Sums over AT_ONCE windows are
@@ -85,7 +87,7 @@ class Block:
 
         for part, own in zip(x.split(AT_ONCE), ids.split(AT_ONCE), strict=True):
             lots.append({})
-            self.output(part, self.weights, own, watch, QUICK)
+            self.output(part, self.weights, own, watch, ops)
         count, tokens = -(-windows // AT_ONCE), windows * x.shape[1]
         return {
             name: reduce(torch.add, ranks.dealt(torch.stack([lot[name] for lot in lots]), count)) / tokens

@@ -107,7 +107,7 @@ class MeasureDamage:
     ) -> list[dict]:
         """[{"names", "damages": {width: nats a token}}, ...] of the groups of a block, from what enters it and what
         leaves it in float."""
-        importance = block.importance(x, ids, len(x), ALONE) if self.searched else {}
+        importance = block.importance(x, ids, len(x), ALONE, FLOAT) if self.searched else {}
         told = []
         for group in groups:
             damages: dict[int, float] = {}

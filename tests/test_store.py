@@ -69,8 +69,14 @@ def test_only_the_last_streams_are_kept(tmp_path):
     with pytest.raises(TpvcError, match="missing or damaged"):
         store.streams(1)
     assert all(store.finished(block) for block in range(3))
-    store.save(3, params(3), {}, None)
-    assert not list(tmp_path.glob("stream-*"))
+
+
+def test_streams_stay_until_there_are_others(tmp_path):
+    """What is saved without any, as a head is, may be followed by work that starts from the last ones again."""
+    store = BlockStore.open(tmp_path, RUN)
+    store.save(0, params(0), {}, streams(0))
+    store.save(1, params(1), {}, None)
+    assert all(torch.equal(t, streams(0)[name]) for name, t in store.streams(0).items())
 
 
 def test_a_parameter_whose_name_begins_like_another(tmp_path):

@@ -33,9 +33,11 @@ FLOAT_BITS = 16
 
 def packing(given: Mapping[str, Any]) -> Packing:
     """TpvcError for what is not read exactly; TypeError or re.error for nonsense."""
-    form = given.get("packing_format") or "auto_round:auto_gptq"
+    key = "packing_format" if given.get("packing_format") else "backend"  # what older releases wrote alone
+    form = given.get(key)
+    form = "auto_round:auto_gptq" if form in (None, "", "auto") else form
     layout = FORMATS.get(form) or FORMATS.get(":".join(str(form).split(":")[:2]))
-    check(layout is not None, f"has AutoRound's packing_format {short(form)}")
+    check(layout is not None, f"has AutoRound's {key} {short(form)}")
     check(given.get("data_type", "int").startswith("int"), f"has weights of type {short(given.get('data_type'))}")
     check((given.get("act_bits") or FLOAT_BITS) >= FLOAT_BITS, f"rounds activations to {given.get('act_bits')} bits")
     check(not given.get("rotation_config"), "rotates what linears read (rotation_config)")

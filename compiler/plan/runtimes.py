@@ -12,15 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from tpvc.compiler.backends.onnx.check import check
 from tpvc.compiler.backends.onnx.fusions import plan as fusions
 from tpvc.compiler.backends.onnx.genai import GENAI
 from tpvc.compiler.backends.onnx.matmulnbits import layout_of
+from tpvc.compiler.backends.triton.model import activation_dtype
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.frontends.architecture import architecture
-from tpvc.compiler.job import scale_dtype
 from tpvc.compiler.plan.disk import checkpoint_bytes, onnx_bytes, triton_bytes
 from tpvc.compiler.program import Grid, Program, constant_prefix, grid_of, linears, rounded_cache, rounded_inputs
 from tpvc.kernels.targets import TARGETS, Target
@@ -266,7 +264,7 @@ RDNA3 = ("hip:gfx1100", "hip:gfx1151")
 
 def _triton(program: Program, targets: Sequence[Target]) -> Iterator[Verdict]:
     """A verdict for each group of targets that has the same one."""
-    dtype = torch.bfloat16 if scale_dtype(program) == torch.bfloat16 else torch.float16
+    dtype = activation_dtype(program)
     count, why = _written(lambda: triton_bytes(program, dtype))
     if count is None:
         change = "--group-size 32, 64, 128 or -1" if "groups of" in why else None

@@ -160,3 +160,12 @@ def test_bad_input(refused, tiny_llama, tmp_path):
         "quantize", tiny_llama, "-o", tmp_path / "a", "--scheme", "W8A8", "--activations", "fp8"
     )
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.partial").exists()
+
+
+@pytest.mark.parametrize("options", [("--dataset", "self"), ("--avg-bits", 4.5)], ids=["self", "avg-bits"])
+@pytest.mark.parametrize("kind", ["int8", "int8-static"])
+def test_what_looks_before_there_are_grids_looks_at_the_float_model(ok, tiny_llama, tmp_path, kind, options):
+    learned = ("--iters", 2, "--nsamples", 12, "--seqlen", 24)
+    ok("quantize", tiny_llama, "-o", tmp_path / "out", "--activations", kind, *learned, *options)
+    found = set(rounded_inputs(frontends.load(tmp_path / "out")).values())
+    assert found and found <= {"int8", "int8-static"} and (kind == "int8-static" or found == {"int8"})

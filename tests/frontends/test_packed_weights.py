@@ -172,6 +172,18 @@ def test_autoround(tmp_path, packing, layout, symmetric):
     same_logits(program, model)
 
 
+@pytest.mark.parametrize(
+    "backend, layout",
+    [("auto_round:exllamav2", "gptq_v2"), ("auto_round:gptq:exllamav2", "gptq"), ("auto", "gptq"), (None, "gptq")],
+)
+def test_autoround_that_names_a_backend_alone(tmp_path, backend, layout):
+    made, model = checkpoint(tmp_path, layout, 4, 16, False)
+    settings(tmp_path, quant_method="intel/auto-round", bits=4, group_size=16, sym=False, backend=backend)
+    program = load(tmp_path)
+    same_integers(program, made, 4, 16, False)
+    same_logits(program, model)
+
+
 def test_exceptions_by_name(tmp_path):
     made, _ = checkpoint(tmp_path, "gptq", 8, 16, True)
     rules = {"+:.*layers\\.[01]\\.": {"bits": 8, "sym": True}, "-:.*nothing.*": {}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ from tpvc.passes.reorder import check_order
 RUNTIMES = ("transformers", "vllm")
 HEAD = "lm_head"
 """The head's module, under this name in every family that transformers 5 knows."""
+FLOAT_HEAD = ("gemma2", "opt", "gpt_neox")
+"""Families whose head vLLM has in float alone: it stays tied there, or has no integer form."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
         raise TpvcError(f"runtime is '{runtime}', expected one of {', '.join(RUNTIMES)}")
     check_order(program, "compressed-tensors")
     config = {k: v for k, v in program.source.config.items() if k != "quantization_config"}
-    transposed = architecture(config).transposed
+    drawn = architecture(config)
+    transposed, stored = drawn.transposed, stored_names(drawn.aliases)
+    float_head = runtime == "vllm" and config["model_type"] in FLOAT_HEAD
     readers: dict[str, set[str]] = {}
     for node in program.nodes:
         for name in node.params.values():
@@ -69,13 +73,13 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
                 " linears of the blocks alone, weights and activations"
             )
         if grid is None:
-            pieces.append(float_piece(name, param, name in transposed))
-        elif embeds and runtime == "vllm":
+            pieces.append(float_piece(stored.get(name, name), param, name in transposed))
+        elif runtime == "vllm" and (embeds or (module == HEAD and float_head)):
             dtype = float_dtype(config)
-            pieces.append(rounded_piece(name, param, dtype))
-            kind = str(dtype).removeprefix("torch.")
-            notes.append(f"'{name}' is an integer table, which vLLM does not read: written in {kind}")
-            if tied:
+            pieces.append(rounded_piece(stored.get(name, name), param, dtype))
+            what, kind = "table" if embeds else "head", str(dtype).removeprefix("torch.")
+            notes.append(f"'{name}' is an integer {what}, which vLLM does not read: written in {kind}")
+            if tied and not float_head:
                 form, config["tie_word_embeddings"] = Form(packed_zeros=True), False
                 pieces.append(_integers([HEAD], param, form))
                 modules[HEAD] = (grid, param.shape[1], form)
@@ -92,13 +96,22 @@ def layout(program: Program, runtime: str = "transformers") -> Layout:
             notes.append(f"{len(conv)} Conv1D layers are stored as integers: only tpvc reads this, not transformers")
         float_linears = {n.params["weight"] for n in linears(program.nodes)}
         ignore = {_module(name, readers[name]) for name in float_linears if not grid_of(program.params[name])}
+        if float_head:  # by the name that it has there
+            ignore = ignore - {HEAD} | {stored.get(f"{HEAD}.weight", HEAD).removesuffix(".weight")}
         cache = None
         if rounded_cache(program) and runtime == "vllm":
             notes.append(float_cache_note("vLLM, which reads scales for a whole layer alone,"))
         elif rounded_cache(program):
             cache = cache_scheme(program.facts.head_dim)
+            config.setdefault("num_key_value_heads", program.facts.kv_heads)  # compressed-tensors asks for it
         config["quantization_config"] = quantization_config(modules, ignore, conv, cache)
     return Layout(tuple(pieces), config, tuple(notes))
+
+
+def stored_names(aliases: Mapping[str, str]) -> dict[str, str]:
+    """{name of a float parameter: the name under which transformers and vLLM store it}, where they differ; of an
+    architecture's aliases."""
+    return {own: theirs for theirs, own in aliases.items()}
 
 
 def float_cache_note(runtime: str) -> str:

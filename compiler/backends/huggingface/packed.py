@@ -13,7 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from tpvc.compiler.backends.huggingface.layout import float_cache_note, float_dtype, float_piece, rounded_piece
+from tpvc.compiler.backends.huggingface.layout import (
+    float_cache_note,
+    float_dtype,
+    float_piece,
+    rounded_piece,
+    stored_names,
+)
 from tpvc.compiler.backends.huggingface.stream import Piece
 from tpvc.compiler.compressed_tensors_format import Entries
 from tpvc.compiler.errors import TpvcError
@@ -72,7 +78,8 @@ def parts(program: Program, format: Format) -> Parts:
     from tpvc.compiler.frontends.architecture import architecture
 
     config = {k: v for k, v in program.source.config.items() if k != "quantization_config"}
-    transposed, beside, dtype = architecture(config).transposed, bank_params(program), float_dtype(config)
+    drawn, beside, dtype = architecture(config), bank_params(program), float_dtype(config)
+    stored = stored_names(drawn.aliases)
     integers = _integers(program, format)
     scales = {name: _scale_dtype(name, program.params[name], format) for name in integers}
     pieces, notes = [], []
@@ -82,9 +89,9 @@ def parts(program: Program, format: Format) -> Parts:
         elif name in beside:
             continue
         elif grid_of(parameter) is None:
-            pieces.append(float_piece(name, parameter, name in transposed))
+            pieces.append(float_piece(stored.get(name, name), parameter, name in drawn.transposed))
         else:
-            pieces.append(rounded_piece(name, parameter, dtype))
+            pieces.append(rounded_piece(stored.get(name, name), parameter, dtype))
             kind = str(dtype).removeprefix("torch.")
             notes.append(f"'{name}' is written in {kind}: {format.name} packs the linears of blocks alone")
     if wide := sorted({str(d).removeprefix("torch.") for d in scales.values()} - {"float16"}):

@@ -323,6 +323,48 @@ def test_every_family_with_an_8_bit_head(family, tmp_path):
     check_read_back(tmp_path / "out", program)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_head_for_vllm(family, tmp_path):
+    """Its Gemma-2 and OPT know tied heads alone, its GPT-NeoX calls the head otherwise: theirs is in float."""
+    import transformers
+
+    torch.manual_seed(0)
+    name, fields = FAMILIES[family]
+    config = getattr(transformers, name)(**fields)
+    transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / "source")
+    source = frontend.load(tmp_path / "source", "tiny")
+    program = quantized(source, Grid(3, 32, False), Grid(8, -1, False))
+    emitted(program, tmp_path / "out", runtime="vllm")
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        heads = {n: file.get_slice(n).get_dtype() for n in file.keys() if n.startswith(("lm_head", "embed_out"))}  # noqa: SIM118
+    was = source.source.config.get("tie_word_embeddings", config.tie_word_embeddings)
+    if name in ("Gemma2Config", "OPTConfig", "GPTNeoXConfig"):
+        assert told.get("tie_word_embeddings", was) == was
+        assert heads == ({} if was else {"embed_out.weight": "F32"})
+        assert ("embed_out" if "NeoX" in name else "lm_head") in told["quantization_config"]["ignore"]
+    else:
+        assert "lm_head.weight_packed" in heads and not told["tie_word_embeddings"]
+    again, head = frontend.load(tmp_path / "out", "again"), linears(program.nodes)[-1].params["weight"]
+    own = linears(again.nodes)[-1].params["weight"]
+    assert torch.equal(dense(again.params[own]), dense(program.params[head]))
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "gptq"])
+def test_a_float_head_has_the_name_that_transformers_gives_it(runtime, tmp_path):
+    import transformers
+
+    name, fields = FAMILIES["gpt_neox"]
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**fields)).float()
+    model.save_pretrained(tmp_path / "source")
+    program = quantized(frontend.load(tmp_path / "source", "tiny"), Grid(4, 32, True))
+    emitted(program, tmp_path / "out", runtime=runtime)
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert "embed_out.weight" in file.keys()  # noqa: SIM118
+    if runtime == "transformers":
+        check_logits(loaded(tmp_path / "out"), program)
+
+
 ROWS = [
     ("int8", Grid(8, -1, True), "int-quantized"),
     ("int8", Grid(8, 32, False), "int-quantized"),
@@ -483,6 +525,21 @@ def test_transformers_rounds_keys_and_values(tmp_path):
         assert bool(((mine - x).abs() <= largest * 0.5001 / 127).all())
     cost = (logits - interpret.logits(plain, TOKENS)).norm()
     assert (out.logits - logits).norm() <= 2 * cost
+
+
+def test_transformers_loads_a_rounded_cache_of_a_config_without_key_and_value_heads(tmp_path):
+    import transformers
+
+    name, fields = FAMILIES["opt"]
+    transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**fields)).save_pretrained(tmp_path / "s")
+    plain = quantized(frontend.load(tmp_path / "s", "tiny"), Grid(8, -1, True), Grid(8, -1, True))
+    program = RoundCache()(plain)
+    emitted(program, tmp_path / "out")
+    check_read_back(tmp_path / "out", program)
+    with torch.no_grad():
+        found = loaded(tmp_path / "out")(TOKENS).logits
+    logits = interpret.logits(program, TOKENS)
+    assert (found - logits).norm() <= 2 * (logits - interpret.logits(plain, TOKENS)).norm()
 
 
 def test_a_rounded_cache_is_not_told_to_vllm(tmp_path):
