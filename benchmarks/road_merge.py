@@ -52,7 +52,7 @@ def adapter(outputs: int) -> Rotation:
 def ours(layer: nn.Linear, rotation: Rotation) -> tuple[Callable[[], None], Callable[[], None]]:
     """(merge, unmerge), both in place."""
     weight = layer.weight.data
-    return lambda: fold_(weight, None, rotation), lambda: unfold_(weight, None, rotation, "linear")
+    return lambda: fold_(weight, rotation), lambda: unfold_(weight, rotation, "linear")
 
 
 def peft(layer: nn.Linear, rotation: Rotation) -> tuple[Callable[[], None], Callable[[], None]]:

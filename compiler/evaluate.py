@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.interpret import Weight, from_files, positions_of, run
+from tpvc.compiler.interpret import Weight, at_head, from_files, positions_of, run
 from tpvc.compiler.program import Program, adapter_id, prompt_ids
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.windows import beginning, cut, encode, text_tokens, too_short
@@ -202,7 +202,7 @@ def predictor(
     facts = program.facts
     chosen = torch.tensor([adapter_id(program, adapter)])
     before = torch.tensor(prompt_ids(program, task), dtype=torch.int64)
-    head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
+    body, head = at_head(program)
 
     def logits(tokens: Tensor) -> Iterator[Tensor]:
         for batch in tokens.split(BATCH):
@@ -210,10 +210,10 @@ def predictor(
             mask = torch.ones_like(batch, dtype=torch.bool)
             values = {"input_ids": batch, "mask": mask, "positions": positions_of(mask, batch.shape[1])}
             values["adapter_ids"] = chosen.expand(len(batch))
-            hidden = run(program.nodes[:head], values, weight)[:, len(before) : -1]
-            held = {name: weight(name) for n in program.nodes[head:] for name in n.params.values()}
+            hidden = run(body, values, weight)[:, len(before) : -1]
+            held = {name: weight(name) for n in head for name in n.params.values()}
             for part in pieces(hidden, facts.vocab_size):
-                entering = {program.nodes[head].inputs[0]: part[None], "adapter_ids": chosen}
-                yield run(program.nodes[head:], entering, held.__getitem__)[0]
+                entering = {head[0].inputs[0]: part[None], "adapter_ids": chosen}
+                yield run(head, entering, held.__getitem__)[0]
 
     return Predictor(facts.vocab_size, facts.context_length - len(before), logits)

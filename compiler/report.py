@@ -62,7 +62,6 @@ def _facts(manifest: dict, timings: list[float]) -> dict:
         "method": " → ".join(dict.fromkeys(p["name"] for p in manifest.get("passes", []))),
         "size": size,
         "ratio": size["float_bytes"] / size["bytes"] if size.get("bytes") and size.get("float_bytes") else None,
-        "perplexity": _perplexity(manifest.get("perplexity")),
         "gain": median(gains) if gains and learned else None,
         "seconds": sum(timings) or None,
         "pictures": [(title, picture) for title, picture in pictures if picture],
@@ -101,13 +100,6 @@ def _widths(manifest: dict) -> tuple[list[int], list[tuple[str, list[int | None]
 def _schemes(blocks: list[dict]) -> str:
     found = [entry["grid"] for block in blocks for entry in block["linears"] if entry["grid"]]
     return ", ".join(sorted(set(found), key=lambda grid: (-found.count(grid), grid)))
-
-
-def _perplexity(given: object) -> dict[str, float]:
-    """{label: value}, of a number or of a dict of them."""
-    if isinstance(given, dict):
-        return {str(k): float(v) for k, v in given.items() if isinstance(v, (int, float))}
-    return {"this artefact": float(given)} if isinstance(given, (int, float)) else {}
 
 
 def number_text(value: float | None) -> str:

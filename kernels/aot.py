@@ -311,14 +311,6 @@ def rank(ways: Sequence[tuple[Binary, ...]], keep: int) -> list[tuple[Binary, ..
     return sorted(ways, key=lambda way: [cost(binary) for binary in way])[:keep]
 
 
-def compile_variant(variant: Variant, target: Target) -> Binary:
-    """TpvcError with the compiler's last word where it fails."""
-    result = compile_all([(variant, target)])[0]
-    if isinstance(result, str):
-        raise TpvcError(f"kernel '{variant.kernel}' was not compiled for {target.name}: {result}")
-    return result
-
-
 def compile_all(
     jobs: Sequence[tuple[Variant, Target]],
     progress: Progress | None = None,

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from tpvc.compiler.errors import TpvcError
+from tpvc.compiler.ops import head_codes
 from tpvc.kernels.jit import jit, tl
 from tpvc.kernels.launch import Launch, Run, with_triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LEAST = 1e-20
-"""What max |x| counts as at least, so that a vector of zeros has a scale."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +116,8 @@ def rope_cache_reference(
         if scale is None:
             into[at] = x[row, token].to(into.dtype)
         else:
-            codes, s = int8_reference(x[row, token])
-            into[at], scale[at] = codes, s
+            codes, s = head_codes(x[row, token].flatten(-2), x.shape[-1])
+            into[at], scale[at] = codes, s[..., 0]
     if tables is None:
         return q
     return (turned_reference(q, positions, tables) * real[..., None, None]).to(q.dtype)
@@ -130,12 +129,6 @@ def turned_reference(x: Tensor, positions: Tensor, tables: Rotary) -> Tensor:
     cos, sin = (t[positions.long()][:, :, None] for t in (tables.cosine, tables.sine))
     a, b, rest = x.float().split((half, half, x.shape[-1] - 2 * half), -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
-
-
-def int8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [..., d] -> int8 codes [..., d] and float32 scales [...]."""
-    scale = x.abs().amax(-1).clamp(min=LEAST) / 127
-    return (x / scale[..., None] + 0.5).floor().to(torch.int8), scale
 
 
 def token_stride(x: Tensor) -> int:

@@ -59,9 +59,9 @@ class FoldRoad:
                 value = read(parameter).to(torch.float32, copy=True)
                 matrix = value.view(len(value), -1)
                 if self.inverse:
-                    unfold_(matrix, None, rotation, node.name)
+                    unfold_(matrix, rotation, node.name)
                 else:
-                    fold_(matrix, None, rotation)
+                    fold_(matrix, rotation)
                 return value
 
             return Lazy(tuple(parameter.shape), torch.float32, make)

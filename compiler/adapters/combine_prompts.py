@@ -75,24 +75,6 @@ def check_together(prompts: Sequence[Prompt], start: Tensor | None = None) -> st
     return f"{told} the one that the vectors are added to, by which small models may lose a task; check each of them"
 
 
-def add(
-    name: str,
-    prompts: Sequence[Prompt],
-    start: Tensor,
-    *,
-    weights: Sequence[float] | None = None,
-    scale: float = 1.0,
-) -> Prompt:
-    """start + scale * sum_i w_i tau_i; weights None: all 1."""
-    check_together(prompts, start)
-    return applied(name, prompts, start, summed([p.vector for p in prompts], _ones(weights, prompts)), scale)
-
-
-def negate(name: str, prompt: Prompt) -> Prompt:
-    """start - tau: less of what was tuned."""
-    return scale(name, prompt, -1.0)
-
-
 def scale(name: str, prompt: Prompt, factor: float) -> Prompt:
     """start + factor * tau."""
     vector = prompt.vector

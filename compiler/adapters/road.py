@@ -126,12 +126,6 @@ def halves(t: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return pairs.select(-2, 0), pairs.select(-2, 1)
 
 
-def rot(h: Tensor, group: int) -> Tensor:
-    """[..., n]: minus the partner for the first half of every group, the partner for the second."""
-    lo, hi = halves(h, group)
-    return torch.stack((-hi, lo), -2).flatten(-3)
-
-
 def rotate(h: Tensor, cosine: Tensor, sine: Tensor, group: int) -> Tensor:
     """`C * h + S * rot(h)` for h [..., n]; computed in the wider dtype, given back in that of h. Differentiable."""
     x = h.to(torch.promote_types(h.dtype, cosine.dtype)).contiguous()
@@ -182,31 +176,29 @@ class _Rotate(torch.autograd.Function):
         return d_h, d_cosine, d_sine, None
 
 
-def fold_(weight: Tensor, bias: Tensor | None, rotation: Rotation) -> None:
-    """In place: W [n, k] becomes R W, the bias [n] R b. Any float dtype; products in float32, rounded once.
+def fold_(matrix: Tensor, rotation: Rotation) -> None:
+    """In place: W [n, k] becomes R W, a bias as [n, 1] R b. Any float dtype; products in float32, rounded once.
 
     R is never built; the working memory is a few rows.
     """
-    for matrix in (weight,) if bias is None else (weight, bias[:, None]):
-        for lo, hi, (c_lo, c_hi), (s_lo, s_hi) in _pairs(matrix, rotation):
-            a, b = lo.float(), hi.float()
-            low, high = c_lo * a - s_lo * b, c_hi * b + s_hi * a
-            lo.copy_(low)
-            hi.copy_(high)
+    for lo, hi, (c_lo, c_hi), (s_lo, s_hi) in _pairs(matrix, rotation):
+        a, b = lo.float(), hi.float()
+        low, high = c_lo * a - s_lo * b, c_hi * b + s_hi * a
+        lo.copy_(low)
+        hi.copy_(high)
 
 
-def unfold_(weight: Tensor, bias: Tensor | None, rotation: Rotation, where: str) -> None:
+def unfold_(matrix: Tensor, rotation: Rotation, where: str) -> None:
     """In place: the inverse of `fold_` in closed form, `det = C_lo C_hi + S_lo S_hi` a pair.
 
     TpvcError where `check_invertible` refuses: nothing brings such weights back.
     """
     check_invertible(rotation, where)
-    for matrix in (weight,) if bias is None else (weight, bias[:, None]):
-        for lo, hi, (c_lo, c_hi), (s_lo, s_hi) in _pairs(matrix, rotation):
-            a, b, det = lo.float(), hi.float(), c_lo * c_hi + s_lo * s_hi
-            low, high = (c_hi * a + s_lo * b) / det, (c_lo * b - s_hi * a) / det
-            lo.copy_(low)
-            hi.copy_(high)
+    for lo, hi, (c_lo, c_hi), (s_lo, s_hi) in _pairs(matrix, rotation):
+        a, b, det = lo.float(), hi.float(), c_lo * c_hi + s_lo * s_hi
+        low, high = (c_hi * a + s_lo * b) / det, (c_lo * b - s_hi * a) / det
+        lo.copy_(low)
+        hi.copy_(high)
 
 
 def check_invertible(rotation: Rotation, where: str) -> None:

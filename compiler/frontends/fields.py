@@ -127,11 +127,13 @@ def activation(config: Config, field: str, default: str | None = None) -> str:
     return ACTIVATIONS[name]
 
 
-def window(config: Config, field: str = "sliding_window", default: int | None = None) -> int | None:
+def window(config: Config, default: int | None = None) -> int | None:
     """A sliding window in tokens (the token itself included), or None for full attention."""
-    value = optional(config, field, default)
+    value = optional(config, "sliding_window", default)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST):
-        raise TpvcError(f"{_whose(config)} has {field} = {short(value)}; expected a positive number of tokens or null")
+        raise TpvcError(
+            f"{_whose(config)} has sliding_window = {short(value)}; expected a positive number of tokens or null"
+        )
     return value
 
 

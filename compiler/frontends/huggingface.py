@@ -185,7 +185,7 @@ def _parameter(
     if own is not None:
         grid = own.grid(shape[1])
         raise TpvcError(f"'{name}' is stored in float, but quantization_config says {grid}; list it in 'ignore'")
-    return _float(name, parts[""], shape, name in drawn.transposed)
+    return _float(parts[""], shape, name in drawn.transposed)
 
 
 def _scheme(
@@ -210,7 +210,7 @@ def _class(name: str, stored: str, drawn: Architecture) -> str:
     return "Embedding" if "embed" in own and drawn.aliases.get(stored, stored) != HEAD else "Linear"
 
 
-def _float(name: str, stored: Stored, shape: tuple[int, ...], transposed: bool) -> Lazy:
+def _float(stored: Stored, shape: tuple[int, ...], transposed: bool) -> Lazy:
     if stored.dtype not in FLOATS:
         raise TpvcError(f"tensor '{stored.name}' in {stored.path} is {stored.dtype}; expected {', '.join(FLOATS)}")
     in_file = shape[::-1] if transposed else shape

@@ -109,20 +109,20 @@ def _judge_batch(
         whole = [*before, *read]
         ids[i, : len(whole)] = torch.tensor(whole)
         mask[i, : len(whole)] = True
-    head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
+    body, head = interpret.at_head(program)
     values = {"input_ids": ids, "mask": mask, "positions": interpret.positions_of(mask, longest)}
     every = torch.full((len(rows),), adapter)
-    hidden = interpret.run(program.nodes[:head], {**values, "adapter_ids": every}, weight)
+    hidden = interpret.run(body, {**values, "adapter_ids": every}, weight)
     where = [(rows[q.ids[:-1]], len(before) + t - 1) for q in questions for t in range(q.answer, len(q.ids))]
     picked = hidden[tuple(torch.tensor(where).T)]
     targets = torch.tensor([token for q in questions for token in q.ids[q.answer :]])
-    held = {name: weight(name) for n in program.nodes[head:] for name in n.params.values()}
+    held = {name: weight(name) for n in head for name in n.params.values()}
     judged = []
     for part, wanted in zip(
         *(x.split(max(1, CHUNK // program.facts.vocab_size)) for x in (picked, targets)), strict=True
     ):
-        entering = {program.nodes[head].inputs[0]: part[None], "adapter_ids": every[:1]}
-        judged.append(_judge(interpret.run(program.nodes[head:], entering, held.__getitem__)[0], wanted))
+        entering = {head[0].inputs[0]: part[None], "adapter_ids": every[:1]}
+        judged.append(_judge(interpret.run(head, entering, held.__getitem__)[0], wanted))
     chances, likeliest = (torch.cat(x) for x in zip(*judged, strict=True))
     each = [len(q.ids) - q.answer for q in questions]
     return [

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -106,8 +105,3 @@ def imagine(parameter: Lazy, grid: Grid | None = None) -> Lazy:
         return QTensor(torch.zeros(shape, dtype=torch.uint8), torch.zeros(scales), zero, grid, dtype)
 
     return Lazy(shape, dtype, read, grid)
-
-
-def numbers(program: Program) -> int:
-    """How many parameters the files hold."""
-    return sum(prod(p.shape) for p in program.params.values() if isinstance(p, Lazy))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpvc.compiler.interpret import Weight, positions_of, run
+from tpvc.compiler.interpret import Weight, at_head, positions_of, run
 from tpvc.compiler.ops import Op
 from tpvc.compiler.program import Program
 from tpvc.compiler.quick import QUICK
@@ -52,13 +52,13 @@ def answer_logits(
 
     With `ops` left alone linears multiply in bfloat16 and add in float32.
     """
-    head = max(i for i, n in enumerate(program.nodes) if n.op == "linear")
+    body, head = at_head(program)
     device = batch.ids.device
     values = {"input_ids": batch.ids, "mask": batch.mask, "positions": positions_of(batch.mask, batch.ids.shape[1])}
     every = torch.full((len(batch.ids),), adapter, device=device)
-    hidden = run(program.nodes[:head], {**values, "adapter_ids": every}, weight, ops=ops)[batch.predicts]
-    values = {program.nodes[head].inputs[0]: hidden[None], "adapter_ids": every[:1]}
-    return run(program.nodes[head:], values, weight, ops=ops)[0]
+    hidden = run(body, {**values, "adapter_ids": every}, weight, ops=ops)[batch.predicts]
+    values = {head[0].inputs[0]: hidden[None], "adapter_ids": every[:1]}
+    return run(head, values, weight, ops=ops)[0]
 
 
 @dataclass(frozen=True)

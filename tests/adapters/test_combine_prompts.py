@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tpvc.compiler.adapters import combine_prompts as algebra
-from tpvc.compiler.adapters.combine_prompts import METHODS, add, check_together, negate, scale, similarity, vector_of
+from tpvc.compiler.adapters.combine_prompts import METHODS, applied, check_together, scale, similarity, vector_of
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
 
@@ -27,6 +27,12 @@ def of(*taus, start=None):
     taus = [torch.tensor(t, dtype=torch.float32) for t in taus]
     zero = torch.zeros_like(taus[0]) if start is None else start
     return [Prompt(name, t, zero) for name, t in zip("abcdef", taus, strict=False)]
+
+
+def add(name, prompts, start, weights=None, scale=1.0):
+    check_together(prompts, start)
+    vector = vector_of("task_arithmetic", prompts, weights=weights)
+    return applied(name, prompts, start, vector, scale)
 
 
 def ulp(x):
@@ -79,13 +85,13 @@ def test_sums_are_weighted_and_scaled_and_not_a_mean():
     start = torch.tensor([[0.5, 0.5]])
     assert add("s", [a, b], start).values.tolist() == [[5.5, -5.5]]
     assert add("s", [a, b], start, weights=[2, -0.5], scale=0.5).values.tolist() == [[0.5, 4.5]]
-    assert negate("n", a).values.tolist() == [[-1.0, -2.0]]
+    assert scale("n", a, -1).values.tolist() == [[-1.0, -2.0]]
     assert scale("n", a, 2.5).values.tolist() == [[2.5, 5.0]]
 
 
 def test_negating_twice_is_within_rounding_and_of_the_same_start():
     a = prompt("a", 1)
-    back = negate("b", negate("n", a))
+    back = scale("b", scale("n", a, -1), -1)
     assert torch.equal(back.start, a.start)
     assert bool(((back.values - a.values).abs().double() <= 2 * ulp(a.values)).all())
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tpvc.compiler.adapters import prompt_files
-from tpvc.compiler.adapters.combine_prompts import add
+from tpvc.compiler.adapters.combine_prompts import applied, vector_of
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.sha256 import sha256
@@ -59,7 +59,8 @@ def test_peft_loads_what_is_written_and_holds_the_same_tensor(directory, model):
 @torch.no_grad()
 def test_peft_computes_with_a_sum_that_is_written(model, tmp_path):
     start = drawn(2)
-    summed = add("sum", [prompt(), Prompt("b", drawn(3), start)], start, scale=0.5)
+    both = [prompt(), Prompt("b", drawn(3), start)]
+    summed = applied("sum", both, start, vector_of("task_arithmetic", both), 0.5)
     prompt_files.write(summed, tmp_path / "sum", {}, {})
     ids = torch.tensor([[5, 9, 77, 200]])
     fed = torch.cat((start + 0.5 * (drawn(1) - start + drawn(3) - start), model.get_input_embeddings()(ids)[0]))

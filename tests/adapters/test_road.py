@@ -71,7 +71,8 @@ def test_folding_is_rotating_behind_the_linear(variant, group, with_bias, dense,
     # times in the block's, and 3 times in C = a cos t, which R has in float64: K + 6 eps of the sum of their sizes.
     sizes = x.abs().double() @ weight.abs().double().T + (0 if bias is None else bias.abs().double())
     limit = 2 * (k + 6) * EPS * sizes @ dense(rotation).abs().T
-    fold_(weight, bias, rotation)
+    for matrix in (weight,) if bias is None else (weight, bias[:, None]):
+        fold_(matrix, rotation)
     assert bool(((F.linear(x, weight, bias) - unfolded).abs() <= limit).all())
 
 
@@ -80,8 +81,8 @@ def test_folding_is_rotating_behind_the_linear(variant, group, with_bias, dense,
 def test_folding_half_precision_rounds_once(variant, dtype, drawn):
     rotation, weight, bias = drawn(variant, 8, 64), random(64, 24).to(dtype), random(64, seed=1).to(dtype)
     wide, wide_bias = weight.float(), bias.float()
-    fold_(weight, bias, rotation)
-    fold_(wide, wide_bias, rotation)
+    for matrix in (weight, bias[:, None], wide, wide_bias[:, None]):
+        fold_(matrix, rotation)
     assert weight.dtype == bias.dtype == dtype
     assert torch.equal(weight, wide.to(dtype)) and torch.equal(bias, wide_bias.to(dtype))
 
@@ -91,9 +92,9 @@ def test_folding_half_precision_rounds_once(variant, dtype, drawn):
 def test_folding_runs_of_rows_is_folding_all_at_once(variant, group, drawn, monkeypatch):
     rotation, once, runs = drawn(variant, group, 128), random(128, 8), random(128, 8)
     monkeypatch.setattr(road, "ROWS_AT_ONCE", 1000)
-    fold_(once, None, rotation)
+    fold_(once, rotation)
     monkeypatch.setattr(road, "ROWS_AT_ONCE", 3)
-    fold_(runs, None, rotation)
+    fold_(runs, rotation)
     assert torch.equal(once, runs)
 
 
@@ -105,9 +106,11 @@ def test_unfolding_takes_it_out_again(variant, group, dense):
     rotation = Rotation(variant, group, theta, 1 + alpha / 2)  # |t| < 0.5 and 0.75 < a < 1.25 keep det above 0.07
     weight, bias = random(128, 24), random(128, seed=1)
     before, before_bias = weight.clone(), bias.clone()
-    fold_(weight, bias, rotation)
+    for matrix in (weight, bias[:, None]):
+        fold_(matrix, rotation)
     assert float((weight - before).abs().max()) > 0.1
-    unfold_(weight, bias, rotation, "q_proj")
+    for matrix in (weight, bias[:, None]):
+        unfold_(matrix, rotation, "q_proj")
     # Folding is off by 2 u of |R| |W|, u = eps / 2 (a product, a sum); numerators likewise, det by 2 u of its terms'
     # size, its relative error then being 2 u kappa, the division by u: u (5 + 2 kappa) of |R^-1| |R| |W|.
     matrix = dense(rotation)
@@ -127,7 +130,7 @@ def test_a_singular_pair_is_named_and_nothing_is_changed():
     for rotation, outputs in ((scaled_away, "10 and 14"), (parallel, "1 and 5")):
         before = weight.clone()
         with pytest.raises(TpvcError, match=rf"'h\.0\.q' is singular at outputs {outputs}.*original weights"):
-            unfold_(weight, None, rotation, "h.0.q")
+            unfold_(weight, rotation, "h.0.q")
         assert torch.equal(weight, before)
 
 
@@ -293,8 +296,9 @@ def test_folding_a_wide_layer_takes_the_memory_of_a_few_rows(variant, group, dty
     n, k = 11008, 1024
     rotation, weight, bias = drawn(variant, group, n), torch.ones(n, k, dtype=dtype), torch.ones(n, dtype=dtype)
     with Largest(weight, bias, rotation.theta, rotation.alpha) as made:
-        fold_(weight, bias, rotation)
-        unfold_(weight, bias, rotation, "up_proj")
+        for matrix in (weight, bias[:, None]):
+            fold_(matrix, rotation)
+            unfold_(matrix, rotation, "up_proj")
     vector = 2 * n * 4  # road_4's theta; the others' are shorter
     assert 0 < made.bytes <= max(road.ROWS_AT_ONCE * k * 4, vector) < weight.nbytes / 80
     with Largest() as seen:

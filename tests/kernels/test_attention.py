@@ -6,7 +6,7 @@ import torch
 from tpvc.compiler import ops
 from tpvc.compiler.errors import TpvcError
 from tpvc.kernels.attention import Config, Prefix, attention, attention_reference, configs
-from tpvc.kernels.rope_cache import Cache, int8_reference
+from tpvc.kernels.rope_cache import Cache
 
 U = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
 
@@ -23,8 +23,8 @@ def cache_of(rows, kv_heads, capacity, width, dtype, int8=False):
     key, value = (random(rows, kv_heads, capacity, width, seed=s) for s in (1, 2))
     if not int8:
         return Cache(key.to(dtype), value.to(dtype))
-    (key, key_scale), (value, value_scale) = int8_reference(key), int8_reference(value)
-    return Cache(key, value, key_scale, value_scale)
+    (key, key_scale), (value, value_scale) = (ops.head_codes(x, width) for x in (key, value))
+    return Cache(key[..., 0, :], value[..., 0, :], key_scale[..., 0, 0], value_scale[..., 0, 0])
 
 
 def prefix_of(kv_heads, width, dtype):

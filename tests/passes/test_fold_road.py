@@ -73,7 +73,8 @@ def test_the_graph_before_and_after():
     assert folded.nodes == program.nodes and folded.adapters == ()
     assert folded.params.keys() == program.params.keys()
     weight, bias = program.params["a.w"].clone(), program.params["a.bias"].clone()
-    fold_(weight, bias, road.rotations["a"])
+    for matrix in (weight, bias[:, None]):
+        fold_(matrix, road.rotations["a"])
     assert torch.equal(read(folded.params["a.w"]), weight) and torch.equal(read(folded.params["a.bias"]), bias)
     assert folded.params["b.weight"] is program.params["b.weight"]
     assert torch.equal(program.params["a.bias"], torch.arange(16.0))  # the original is kept
@@ -109,7 +110,7 @@ def test_folding_then_rounding_is_rounding_the_folded_weight(program, grid, tmp_
     for name, rotation in road.rotations.items():
         key = next(n for n in program.nodes if n.name == name).params["weight"]
         weight = read(program.params[key]).float().clone()
-        fold_(weight, None, rotation)
+        fold_(weight, rotation)
         wanted, got = quantize(weight, grid), read(rounded.params[key])
         assert torch.equal(got.codes, wanted.codes) and torch.equal(got.scale, wanted.scale)
         assert (got.zero is None and wanted.zero is None) or torch.equal(got.zero, wanted.zero)

@@ -71,9 +71,9 @@ def _shards(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     return shards
 
 
-def file_bytes(pieces: Sequence[Piece], shard_bytes: int = SHARD_BYTES) -> int:
+def file_bytes(pieces: Sequence[Piece]) -> int:
     """Bytes of all files of tensors that `write` makes of `pieces`; makes none of them."""
-    return sum(len(text) + 8 + end for text, _, end in map(_header, _shards(pieces, shard_bytes)))
+    return sum(len(text) + 8 + end for text, _, end in map(_header, _shards(pieces, SHARD_BYTES)))
 
 
 def _header(pieces: list[Piece]) -> tuple[bytes, dict[str, int], int]:

@@ -123,7 +123,7 @@ def _attention(program: Program, node: Node, readers: Mapping, widths: Mapping) 
     if all(n is not None and n.op == "linear" for n in products) and len({q, k, v}) == 3:
         projection = _side_by_side(program, products, turns, widths)
     elif all(n is not None and n.op == "split" for n in sources) and len({q, k, v}) == 3:
-        projection = _cut_from_one(program, sources, nodes, readers, widths)
+        projection = _cut_from_one(sources, nodes, readers, widths)
     if projection is not None:
         gone |= {q, k, v} | {n.name for n in (*projection.linears, *projection.rotations) if n is not None}
     return AttentionPlan((q, k, v), rope, projection), gone
@@ -144,7 +144,7 @@ def _side_by_side(
     return Projection(tuple(linears), None, turns) if same_input and len(grids) == 1 and whole else None
 
 
-def _cut_from_one(program: Program, splits: list[Node], nodes: Mapping, readers: Mapping, widths: Mapping):
+def _cut_from_one(splits: list[Node], nodes: Mapping, readers: Mapping, widths: Mapping):
     source = splits[0].inputs[0]
     linear, turn = nodes.get(source), None
     if linear is not None and linear.op == "rotate" and len(readers[linear.inputs[0]]) == 1:
