@@ -74,11 +74,7 @@ def write(
     checkpoint = {
         **manifest,
         "artefact": "checkpoint",
-        "source": {
-            "name": program.source.name,
-            "files": program.source.files,
-            "config": dict(program.source.config),
-        },
+        "source": program.source.record,
     }
     if isinstance(space, WeightSpace):
         changed = store_dtypes(program.with_params({n: t.cpu() for n, t in best.items()}), program)

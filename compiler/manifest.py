@@ -38,11 +38,7 @@ def manifest_of(
     record = {
         "tpvc": tpvc.__version__,
         "artefact": "checkpoint",
-        "source": {
-            "name": program.source.name,
-            "files": program.source.files,
-            "config": dict(program.source.config),
-        },
+        "source": program.source.record,
         "options": options,
         "calibration": None if calibration is None else calibration.origin,
         "passes": [_pass_record(p) for p in passes],

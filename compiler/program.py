@@ -186,6 +186,11 @@ class Source:
                 )
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What tpvc.json says of it."""
+        return {"name": self.name, "files": self.files, "config": dict(self.config)}
+
+    @property
     def gguf(self) -> Path | None:
         """The GGUF file that the model came from. What else lies in its directory says nothing about it."""
         return next((path for path in self.weights if path.suffix.lower() == ".gguf"), None)

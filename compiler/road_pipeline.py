@@ -124,11 +124,7 @@ def _rewritten(
     manifest = {
         "tpvc": tpvc.__version__,
         "artefact": "checkpoint",
-        "source": {
-            "name": program.source.name,
-            "files": program.source.files,
-            "config": dict(program.source.config),
-        },
+        "source": program.source.record,
         "options": {"road": road.name, "direction": direction},
         "passes": [{"name": "FoldRoad", "inverse": fold.inverse}],
         "road": road.record,

@@ -87,7 +87,7 @@ def plan(
     found = verdicts(program, folded, chosen, 4 if accuracy_level is None else accuracy_level, portable)
     run = tokenizer = None
     if job is not None:
-        asked = {"job": {"model": str(model), **options}, "dataset": dataset, "nsamples": nsamples}
+        asked = {"job": {"model": str(model), **options}, "dataset": dataset}
         run, tokenizer = _run(job, {**asked, "seed": seed, "device": device}, progress)
     progress("plan", 3, 3, "")
     grids = {m.grid for m in matrices(program)}
