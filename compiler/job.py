@@ -12,7 +12,7 @@ from tpvc.compiler import frontends
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Grid, Program, linears
+from tpvc.compiler.program import Grid, Program, linears, scale_dtype_of
 from tpvc.compiler.tuning.parallel import processes
 from tpvc.compiler.verify import verify
 from tpvc.passes.bank_prompt import BankPrompt
@@ -152,8 +152,7 @@ def default_group(program: Program) -> int:
 
 def scale_dtype(program: Program) -> torch.dtype:
     """Scales are stored in the dtype of the checkpoint's own linears, so that readers need not round them again."""
-    first = linears(program.nodes)[0].params["weight"]
-    return program.params[first].dtype
+    return scale_dtype_of(program.params[linears(program.nodes)[0].params["weight"]])
 
 
 def _check_options(

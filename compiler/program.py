@@ -133,6 +133,11 @@ def grid_of(parameter: Parameter) -> Grid | None:
     return getattr(parameter, "grid", None)
 
 
+def scale_dtype_of(parameter: Parameter) -> torch.dtype:
+    """The dtype that the scales of an integer parameter are stored in; of a float one its own. Reads nothing."""
+    return parameter.scale_dtype if isinstance(parameter, QTensor) else parameter.dtype
+
+
 def dense(parameter: Parameter) -> torch.Tensor:
     """The parameter in float32, dequantised where it is an integer one."""
     value = read(parameter)

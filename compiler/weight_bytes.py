@@ -18,13 +18,12 @@ def parameter_bytes(parameter: Any) -> int:
     """Bytes a parameter needs when stored: codes, scales and zero points for an integer one."""
     from math import prod
 
-    from tpvc.compiler.program import QTensor, grid_of
+    from tpvc.compiler.program import grid_of, scale_dtype_of
 
     grid, shape = grid_of(parameter), tuple(parameter.shape)
     if grid is None:
         return prod(shape) * parameter.dtype.itemsize
-    scales = parameter.scale_dtype if isinstance(parameter, QTensor) else parameter.dtype
-    return -(-matrix_bits(shape, grid, scales) // 8)
+    return -(-matrix_bits(shape, grid, scale_dtype_of(parameter)) // 8)
 
 
 def matrix_bits(shape: tuple[int, int], grid: Any, scale_dtype: Any) -> int:

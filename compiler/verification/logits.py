@@ -153,7 +153,7 @@ def _onnx(folder: Path, target: str, name: str, expected: Expected) -> Said:
             feeds[slot.name] = np.zeros((1, slot.shape[1], 0, slot.shape[3]), np.float32)
         found = torch.from_numpy(session.run(["logits"], feeds)[0][0])
     except Exception as error:  # ONNX Runtime's own error types, and inputs of another rank
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TpvcError(f"ONNX Runtime cannot run '{folder / 'model.onnx'}': {reason}") from error
     proven, said = expected.check(found, target, f"ONNX Runtime {ort.__version__}, {name}model.onnx")
     return proven, said + (" (summed in float32; not at accuracy level 4)" if 4 in levels else "")

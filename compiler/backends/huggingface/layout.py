@@ -13,7 +13,6 @@ from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.program import (
     Parameter,
     Program,
-    QTensor,
     bank_params,
     grid_of,
     input_grids,
@@ -21,6 +20,7 @@ from tpvc.compiler.program import (
     read,
     rounded_cache,
     rounded_inputs,
+    scale_dtype_of,
 )
 from tpvc.passes.reorder import check_order
 
@@ -142,8 +142,7 @@ def rounded_piece(name: str, param: Parameter, dtype: torch.dtype) -> Piece:
 def _integers(owners: Iterable[str], param: Parameter, form: Form) -> Piece:
     """The tensors of a module; another one tied to it repeats all but the matrix."""
     first, *others = owners
-    scale_dtype = param.scale_dtype if isinstance(param, QTensor) else param.dtype
-    local = entries(tuple(param.shape), grid_of(param), scale_dtype, form)
+    local = entries(tuple(param.shape), grid_of(param), scale_dtype_of(param), form)
     small = [n for n in local if n in ("weight_scale", "weight_zero_point")]
     names = {f"{first}.{n}": n for n in local} | {f"{o}.{n}": n for o in others for n in small}
 

@@ -14,7 +14,17 @@ from torch import Tensor
 from tpvc.compiler.backends.triton.side_by_side import side_by_side
 from tpvc.compiler.backends.triton.steps import Step, kinds_of, steps
 from tpvc.compiler.errors import TpvcError
-from tpvc.compiler.program import Facts, Program, QTensor, dense, linears, prompt_ids, read, rounded_cache
+from tpvc.compiler.program import (
+    Facts,
+    Program,
+    QTensor,
+    dense,
+    linears,
+    prompt_ids,
+    read,
+    rounded_cache,
+    scale_dtype_of,
+)
 from tpvc.kernels.attention import Prefix
 from tpvc.kernels.linear_a8 import check_weight
 from tpvc.kernels.rope_cache import Cache
@@ -52,8 +62,7 @@ WIDE = ("gemma2", "gemma3_text")
 def activation_dtype(program: Program) -> torch.dtype:
     """What a package computes in: bfloat16 where the scales, or floats, of the linears are or the family is WIDE, and
     else float16."""
-    first = program.params[linears(program.nodes)[0].params["weight"]]
-    dtype = first.scale_dtype if isinstance(first, QTensor) else first.dtype
+    dtype = scale_dtype_of(program.params[linears(program.nodes)[0].params["weight"]])
     wide = program.source is not None and program.source.config.get("model_type") in WIDE
     return torch.bfloat16 if wide or dtype == torch.bfloat16 else torch.float16
 
