@@ -10,6 +10,7 @@ import torch
 import tpvc
 from tpvc.compiler import frontends
 from tpvc.compiler.adapters import compose_road, road_files
+from tpvc.compiler.adapters.road import Road
 from tpvc.compiler.backends import huggingface
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.identity import versions
@@ -51,7 +52,8 @@ def road_unmerge(
 ) -> Path:
     """The inverse of `road_merge`, in closed form: `model` as it was before the adapter was folded in, up to rounding.
 
-    TpvcError where a rotation is singular. Where the original weights are kept, they are the better source.
+    TpvcError where a rotation is singular, or where the model's tpvc.json says that another adapter was folded in last.
+    Where the original weights are kept, they are the better source.
     """
     return _rewritten("unmerge", model, road, out, name, overwrite, progress)
 
@@ -117,6 +119,8 @@ def _rewritten(
     program = frontends.load(model)
     tokenizer = frontends.tokenizer(program)
     (road,) = frontends.read_roads(program, {name or directory.name: directory})
+    if direction == "unmerge":
+        _check_merged(road, program)
     progress("load", 1, 1, "")
     fold = FoldRoad(inverse=direction == "unmerge")
     folded = verify(fold(verify(BankRoad((road,))(program), after="BankRoad")), after="FoldRoad")
@@ -133,6 +137,17 @@ def _rewritten(
     with published(out, overwrite) as work:
         huggingface.emit(written, work / ARTEFACT, tokenizer, manifest)
     return out
+
+
+def _check_merged(road: Road, program: Program) -> None:
+    """Refuse to take out another adapter than the one that the model's own tpvc.json says was folded in last."""
+    match frontends.manifest(program):
+        case {"options": {"direction": "merge", "road": str(name)}, "road": {"sha256": str(folded)}}:
+            if folded != road.origin["sha256"]:
+                raise TpvcError(
+                    f"'{name}' ({folded[:12]}) was folded into {program.source.name} last, and '{road.name}' is another"
+                    f" adapter ({road.origin['sha256'][:12]}); expected the directory of '{name}'"
+                )
 
 
 def _told(written: Program, program: Program, direction: str, progress: Progress) -> Program:

@@ -186,6 +186,15 @@ def test_unmerge_brings_the_weights_back(ok, copy_of, llama, written, tmp_path, 
     assert made["manifest"]["road"]["name"] == "task"
 
 
+def test_unmerge_refuses_another_adapter_than_was_merged(ok, refused, llama, own, written, tiny_llama, tmp_path):
+    other = written(road_of(llama, "road_2"), tiny_llama, "other")
+    ok("road", "merge", tiny_llama, "--road", own, "-o", tmp_path / "merged")
+    said = refused("road", "unmerge", tmp_path / "merged", "--road", other, "-o", tmp_path / "back")
+    assert "was folded into" in said and "'other' is another adapter" in said and not (tmp_path / "back").exists()
+    (tmp_path / "merged" / "tpvc.json").unlink()  # what PEFT merged says nothing of it
+    ok("road", "unmerge", tmp_path / "merged", "--road", other, "-o", tmp_path / "back")
+
+
 def halves_of(llama):
     """Two adapters of tiny_llama: one moves the first half of every linear's pairs, one the second."""
     first, second = {}, {}
