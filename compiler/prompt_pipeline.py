@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def prompt_vector(
     out, directory, start = Path(out), Path(directory).expanduser(), Path(start).expanduser()
     _check_place(out, overwrite, directory, start)
     progress("load", 0, 1, str(directory))
-    given = prompt_files.read(directory, _named(directory))
+    given = prompt_files.read(directory, peft_directory.named(directory))
     origin, record = _start(start)
     if origin.values.shape != given.values.shape:
         raise TpvcError(
@@ -142,7 +141,7 @@ def prompt_similarity(directories: Mapping[str, str | Path], of: str = "vectors"
         "names": list(tensors),
         "flattened": flattened,
         "token_mean": token_mean,
-        "parts": [_part(p, Path(p.origin["directory"])) for p in prompts],
+        "parts": [_part(p, Path(d).expanduser()) for p, d in zip(prompts, directories.values(), strict=True)],
         "remarks": [remark] if remark else [],
         "versions": versions("torch", "safetensors"),
     }
@@ -173,7 +172,7 @@ def _scaled(
     out, directory = Path(out), Path(directory).expanduser()
     _check_place(out, overwrite, directory)
     progress("load", 0, 1, str(directory))
-    given = prompt_files.read(directory, _named(directory))
+    given = prompt_files.read(directory, peft_directory.named(directory))
     made = combine_prompts.scale(out.name, given, factor)
     origin = {"method": method, "lambda": factor, "start": _start(directory)[1]}
     progress("load", 1, 1, "")
@@ -189,10 +188,10 @@ def _check_place(out: Path, overwrite: bool, *sources: str | Path) -> None:
 def _start(path: Path) -> tuple[Prompt, dict[str, Any]]:
     """(a prompt whose values are the start that `path` names, what a manifest says of it)."""
     if path.suffix.lower() != ".safetensors":
-        prompt = prompt_files.read(path, _named(path))
+        prompt = prompt_files.read(path, peft_directory.named(path))
         own = prompt.start is not None
         tensor, file = (prompt.start, prompt_files.START) if own else (prompt.values, peft_directory.WEIGHTS)
-        record = {"directory": _named(path), "file": file, "sha256": sha256(path / file)}
+        record = {"directory": peft_directory.named(path), "file": file, "sha256": sha256(path / file)}
         return Prompt(path.name, tensor, None, prompt.base, prompt.tokenizer), record
     if not path.is_file():
         raise TpvcError(f"there is no file {path}; expected the values that the prompt was tuned from")
@@ -267,15 +266,10 @@ def _part(prompt: Prompt, directory: Path) -> dict[str, Any]:
     return {
         "name": prompt.name,
         "tokens": prompt.tokens,
-        "directory": _named(directory),
+        "directory": peft_directory.named(directory),
         "sha256": prompt.origin["sha256"],
         "start": sha256(start) if start.is_file() else None,
     }
-
-
-def _named(directory: Path) -> str:
-    """A directory's own name, wherever it lies: what is written must not depend on the machine."""
-    return os.path.basename(os.path.abspath(directory))
 
 
 def _model(directory: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ read.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from tpvc.compiler.program import Program, linears
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOT = "base_model.model."
+
+
+def named(directory: str | Path) -> str:
+    """A directory's own name, wherever it lies and however it was typed: what is written must not depend on either."""
+    return os.path.basename(os.path.abspath(directory))
 
 
 def read_config(directory: Path, kind: str, what: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def read(directory: str | Path, name: str) -> Prompt:
                 f"{directory / START} holds {list(start.shape)} numbers, the prompt {list(values.shape)}; use an intact"
                 " copy"
             )
-    origin: dict[str, Any] = {"directory": str(directory), "sha256": sha256(directory / WEIGHTS)}
+    origin: dict[str, Any] = {"directory": peft_directory.named(directory), "sha256": sha256(directory / WEIGHTS)}
     base, tokenizer = _prints(directory)
     return Prompt(name, values, start, base, tokenizer, origin)
 

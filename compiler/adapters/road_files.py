@@ -51,7 +51,7 @@ def read(directory: Path, program: Program, name: str) -> Road:
         theta, alpha = _pair(directory, path, parts, variant)
         rotations[path] = Rotation(variant, group, theta, alpha)
     origin = {
-        "directory": str(directory),
+        "directory": peft_directory.named(directory),
         "sha256": sha256(directory / WEIGHTS),
         "variant": variant,
         "group": group,

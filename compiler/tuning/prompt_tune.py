@@ -17,6 +17,7 @@ import torch
 import tpvc
 from tpvc.compiler import frontends, interpret
 from tpvc.compiler.adapters import prompt_files, prompt_start
+from tpvc.compiler.adapters.peft_directory import named
 from tpvc.compiler.adapters.prompt import Prompt
 from tpvc.compiler.errors import TpvcError
 from tpvc.compiler.identity import run_identity
@@ -90,7 +91,7 @@ def prompt_tune(
     schedule = Schedule(steps, batch_size, lr, warmup, seed, "cosine", 1e-5)
     options = {
         "virtual_tokens": start.tokens,
-        "init": init,
+        "init": init if given is None else f"prompt:{named(given)}",
         "steps": steps,
         "batch_size": batch_size,
         "lr": lr,

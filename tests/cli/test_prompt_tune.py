@@ -61,6 +61,15 @@ def test_a_prompt_is_learned_written_and_read_again(tuned, tiny_llama, data):
     assert "<svg" in html and "soft prompt for" in html and "<script" not in html
 
 
+def test_how_the_path_of_a_start_was_typed_leaves_no_trace(ok, tuned, tiny_llama, data, tmp_path, monkeypatch):
+    start, asked = tuned[0], ("--data", data, "--steps", 1, *ASKED)
+    monkeypatch.chdir(start.parent)
+    for out, typed in (("a", start), ("b", start.name)):
+        ok("prompt", "tune", tiny_llama, "-o", tmp_path / out / "more", "--init", f"prompt:{typed}", *asked)
+    a, b = (tmp_path / out / "more" for out in "ab")
+    assert (a / "tpvc.json").read_bytes() == (b / "tpvc.json").read_bytes()
+
+
 def test_peft_gives_the_loss_that_was_told(tuned, tiny_llama, data):
     import peft
     import transformers

@@ -195,6 +195,17 @@ def test_unmerge_refuses_another_adapter_than_was_merged(ok, refused, llama, own
     ok("road", "unmerge", tmp_path / "merged", "--road", other, "-o", tmp_path / "back")
 
 
+def test_how_a_path_was_typed_leaves_no_trace(ok, tiny_llama, own, llama, written, tmp_path, monkeypatch):
+    other = written(road_of(llama, seed=5), tiny_llama, "other")
+    monkeypatch.chdir(own.parent)
+    for out, first in (("a", own), ("b", own.name)):
+        ok("road", "compose", "product", first, other, "--base", tiny_llama, "-o", tmp_path / out / "product")
+    a, b = (tmp_path / out / "product" for out in "ab")
+    assert all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in ("tpvc.json", "adapter_model.safetensors")
+    )
+
+
 def halves_of(llama):
     """Two adapters of tiny_llama: one moves the first half of every linear's pairs, one the second."""
     first, second = {}, {}
