@@ -179,11 +179,13 @@ def finetune(
     progress("load", 0, 1, str(model))
     program = load_base(model)
     found = None
-    check_rank(train or "lora", rank)
-    if importance is not None:
+    if importance is None:
+        check_rank(train or "lora", rank)
+    else:
         importance = Path(importance).expanduser()
         found = importance_file.read(importance)
         importance_file.check_base(found, importance, base_print(program))
+        check_rank(found.about["train"], rank)
         train, targets, rank = told_by(found, needs, train, targets, rank)
     how = training(
         train="lora" if train is None else train,
@@ -206,6 +208,11 @@ def finetune(
     watched = (read_held_out(tokenizer, length) if text is None else text.checking)[:MEASURED]
     progress("load", 1, 1, "")
     steps = steps_of(epochs, steps, batch_size, len(domain.training))
+    if ratio and steps < 2:
+        raise TpvcError(
+            "a run of 1 step ends before its penalty sets in, at a quarter of the run but not before the second step;"
+            " ask for more steps or epochs, or for a phi, which holds from the first"
+        )
     options = {
         "method": method,
         "without": sorted(without),
@@ -240,8 +247,8 @@ def finetune(
             path = work / BLOCKS / RECORDED
             if not path.exists():
                 kind = layer_coefficients.NORMALISED
-                general = replace(how, lr=RATES[how.train])  # a strong one would forget before the domain begins
-                general_phase(program, [text], general, needs, kind, work / BLOCKS, path, own, progress)
+                usual = replace(how, lr=RATES[how.train])  # a strong rate would forget before the domain begins
+                general_phase(program, [text], usual, needs, kind, work / BLOCKS, path, own, progress)
             found = importance_file.read(path)
         space = how.space(program)
         if importance is not None:

@@ -108,13 +108,15 @@ def vector_of(
 
 def applied(name: str, prompts: Sequence[Prompt], start: Tensor, vector: Tensor, scale: float) -> Prompt:
     """The prompt start + scale * vector, whose vector was made of those of `prompts`."""
+    if not math.isfinite(scale):
+        raise TpvcError(f"lambda is {scale:g}; expected a finite number")
     values = start + scale * vector
     if scale == 0:
         values = start
     for prompt in prompts:
         if scale == 1 and torch.equal(start, prompt.start) and torch.equal(vector, prompt.vector):
             values = prompt.values
-    if not math.isfinite(scale) or not bool(values.isfinite().all()):
+    if not bool(values.isfinite().all()):
         raise TpvcError(
             f"{scale:g} times the vectors of {', '.join(p.name for p in prompts)} leaves float32; expected finite"
             " numbers, use less of them"

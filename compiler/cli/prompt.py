@@ -91,7 +91,7 @@ sign; dare drops entries at random and makes up for it. --density is the share t
 @click.option("--density", type=float, help="Of ties and dare: the share of entries to keep.  [default of ties: 1]")
 @click.option("--weight", "weights", multiple=True, type=float, help="Once for each prompt, in order.  [default: 1]")
 @click.option("--start", metavar="DIR", help="Add to this prompt's start.  [default: the first prompt's]")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of dare.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of dare.  [default: 0]")
 @output_option
 @overwrite_option
 @console.json_option
@@ -105,7 +105,7 @@ def add(
     density: float | None,
     weights: tuple[float, ...],
     start: str | None,
-    seed: int,
+    seed: int | None,
     out: Path,
     overwrite: bool,
     as_json: bool,
@@ -115,6 +115,8 @@ def add(
     A DIR may be NAME=DIR; otherwise a prompt is called as its directory.
     """
     named = named_directories("DIR", directories)
+    if seed is not None and method != "dare":
+        raise TpvcError(f"found a seed for {method}, which draws nothing; leave it out, or use dare")
     if search and scale is not None:
         raise TpvcError("found both --scale and --search; give the lambda, or let it be searched")
     for option, given in (("--data", data), ("--weight", weights)):
@@ -134,7 +136,7 @@ def add(
         tuple(parts),
         None if start is None else Path(start).expanduser(),
         None if search else 1.0 if scale is None else scale,
-        seed,
+        seed or 0,
         model,
     )
     _make(lambda bars: prompt_combine(recipe, out, overwrite=overwrite, progress=bars), out, as_json)

@@ -128,7 +128,7 @@ def load_for(model: str | Path, adapter: str | None, task: str | None = None) ->
 
 
 def _is_directory(given: str | None, carried: list[str]) -> bool:
-    return given is not None and given not in carried and Path(given).expanduser().is_dir()
+    return bool(given) and given not in carried and Path(given).expanduser().is_dir()
 
 
 def _name_of(directory: str, otherwise: str) -> str:

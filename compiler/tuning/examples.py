@@ -106,7 +106,8 @@ def encode_examples(tokenizer: Any, examples: Sequence[Example], max_length: int
         if room < (not begin):
             raise TpvcError(
                 f"the completion of example {number} has {len(answer)} tokens, which do not fit into {max_length} with"
-                " one before them; shorten it, or allow longer examples (--max-length, when it is tuned)"
+                " one before them; shorten it, or allow longer examples (--max-length, and no more than the model's"
+                " context without virtual tokens)"
             )
         before = begin + prompt[max(0, len(prompt) - room) :]
         made.append(Encoded(tuple(before + answer), len(before)))

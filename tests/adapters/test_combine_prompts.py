@@ -221,7 +221,7 @@ def test_numbers_that_do_not_fit_are_refused():
         add("s", [], a.start)
     with pytest.raises(TpvcError, match=r"the start holds \[1, 1\] numbers"):
         add("s", [a], torch.ones(1, 1))
-    for factor in (1e38, math.inf, math.nan):
-        with pytest.raises(TpvcError, match="leaves float32"):
+    for factor, told in ((1e38, "leaves float32"), (math.inf, "lambda is inf"), (math.nan, "lambda is nan")):
+        with pytest.raises(TpvcError, match=told):
             scale("s", a, factor)
     assert algebra.METHODS == ("task_arithmetic", "ties", "dare_linear", "dare_ties")

@@ -271,6 +271,7 @@ def test_bfloat16_learns_too(ok, given, tmp_path):
         (("--nsamples", "4000"), "use a longer text"),
         (("--max-length", "250", "--nsamples", "10"), "--validation file"),
         (("--train", "weights", "--rank", "4"), "a rank of 4 was asked for"),
+        (("--steps", "1"), "a run of 1 step ends before its penalty sets in"),
         (("--train", "weights", "--merge"), "there is nothing to merge"),
         (("--importance", "nowhere"), "there is no file nowhere"),
         (("--validation", "nowhere.txt"), "nowhere.txt"),
@@ -290,6 +291,8 @@ def test_importance_that_does_not_belong(refused, given, tiny_llama, texts, reco
     assert "leave it out" in refused(*rest, *out, "--importance", file, "--train", "weights")
     assert "targets is q_proj, but" in refused(*rest, *out, "--importance", file, "--targets", "q_proj")
     assert "rank is 4" in refused(*rest, *out, "--importance", file, "--rank", 4)
+    of_weights = (*rest, *out, "--importance", recorded["weights"])
+    assert "a rank of 8 was asked for, which training 'weights' has not" in refused(*of_weights, "--rank", 8)
     assert "needs 'fisher'" in refused(*rest, *out, "--importance", file, "--method", "ewc")
     assert "uses no importance" in refused(*rest, *out, "--importance", file, "--method", "l2")
     other = tmp_path / "other"

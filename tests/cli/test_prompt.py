@@ -422,8 +422,9 @@ def test_what_is_refused_leaves_nothing(refused, endless, written, pair, tasks, 
     assert "does not say which values it started from" in no("add", a, written("bare", drawn(1), None))
     assert "found 1 times --weight for 2 prompts" in no("add", a, b, "--weight", 1)
     assert "found the weights nan, 1" in no("add", a, b, "--weight", "nan", "--weight", 1)
-    assert "leaves float32" in no("add", a, b, "--scale", "inf")
-    assert "leaves float32" in no("scale", a, "-inf")
+    assert "lambda is inf; expected a finite number" in no("add", a, b, "--scale", "inf")
+    assert "lambda is -inf; expected a finite number" in no("scale", a, "-inf")
+    assert "found a seed for ties" in no("add", a, b, "--method", "ties", "--seed", 3)
     assert "'half' is not a valid float" in no("scale", a, "half")
     for command in ("add", "negate"):
         assert "is longer than a file's name may be" in no(command, "a" * 300)

@@ -31,6 +31,7 @@ def test_an_adapter_by_name(ok, refused, deployed):
     assert ok("run", deployed[1], *options, "--adapter", "loud")["tokens"] == reference["tokens"]
     for target in deployed:
         assert refused("run", target, *options, "--adapter", "calm") == "the model has no adapter 'calm'; it has loud"
+        assert refused("run", target, *options, "--adapter", "") == "the model has no adapter ''; it has loud"
 
 
 def test_streams_what_json_tells(tpvc, ok, exported):
