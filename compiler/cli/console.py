@@ -68,6 +68,7 @@ class Bars:
     """One bar a stage with the time that is left: `with Bars() as bars: work(progress=bars)`.
 
     A terminal gets moving bars. A log file gets a line when a stage begins, one every half minute, one at its end.
+    What was done when a stage is first heard of, by a run that was interrupted, tells nothing of this one's speed.
     """
 
     EVERY = 30.0
@@ -75,7 +76,7 @@ class Bars:
     def __init__(self) -> None:
         self.console = err()
         self.live = self.console.is_terminal
-        self.started: dict[str, float] = {}
+        self.started: dict[str, tuple[float, int]] = {}
         self.spoken: dict[str, float] = {}
         self.ended: set[str] = set()
         self.tasks: dict[str, Any] = {}
@@ -103,12 +104,12 @@ class Bars:
         if not self.live:
             return self._line(stage, done, total, note)
         if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total or None, note=note)
+            self.tasks[stage] = self.bars.add_task(stage, total=total or None, completed=done, note=note)
         self.bars.update(self.tasks[stage], completed=done, total=total or None, note=note)
 
     def _line(self, stage: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        start = self.started.setdefault(stage, now)
+        start, before = self.started.setdefault(stage, (now, done))
         last = bool(total) and done >= total
         if (last and stage in self.ended) or (not last and now - self.spoken.get(stage, -self.EVERY) < self.EVERY):
             return
@@ -117,8 +118,8 @@ class Bars:
         if last:
             self.ended.add(stage)
             tail = f"done in {units.seconds(passed)}"
-        elif done:
-            tail = f"{units.seconds(passed * (total - done) / done)} left"
+        elif done > before:
+            tail = f"{units.seconds(passed * (total - done) / (done - before))} left"
         else:
             tail = ""
         self.console.print(f"{stage}: {done}/{total} {note} {tail}".rstrip(), markup=False)

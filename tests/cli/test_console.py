@@ -16,6 +16,18 @@ def test_a_log_gets_a_line_at_the_start_and_one_at_the_end(capsys):
     assert lines[1].startswith("flexround: 100/100 block done in")
 
 
+def test_blocks_of_an_earlier_run_tell_no_speed(monkeypatch, capsys):
+    """20 of 30 were there; one more takes 60 s, so that the other nine take 540."""
+    clock = iter([0.0, 60.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.Bars() as bars:
+        bars("flexround", 20, 30, "block 20")
+        bars("flexround", 21, 30, "block 20")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "flexround: 20/30 block 20"
+    assert second == "flexround: 21/30 block 20 9 min 00 s left"
+
+
 def test_a_terminal_gets_one_bar_a_stage(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with console.Bars() as bars:
